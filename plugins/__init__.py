@@ -1,0 +1,1 @@
+"""The plugin contract, discovery, the registry and the catalogue of built-ins."""
