@@ -1,7 +1,11 @@
 """Options: frozen dataclasses whose fields carry a doc, bounds, choices, unit and source.
 
-``opt`` declares one field. From these declarations come flags, YAML keys, validation, ``--help`` panels, the JSON
-schema and the tables of the docs. Standard library only.
+``opt`` declares one field. From these declarations come flags, YAML keys, validation, ``--help`` panels, the
+JSON schema and the tables of the docs. Standard library only.
+
+A flag is repeated to give several values. Only two kinds of list are also split at commas: lists of numbers,
+and lists of names declared with ``commas=True``; a regular expression, a reference or a stop text may hold a
+comma.
 """
 
 from __future__ import annotations
@@ -15,7 +19,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from rlx.core.errors import ConfigError, ErrorGroup
+from rlx.core.errors import ConfigError, ErrorGroup, RlxError
+from rlx.core.text import redact, safe_text
 
 MISSING = dataclasses.MISSING
 
@@ -34,6 +39,7 @@ class Option:
         unit: unit of the value, empty for none.
         source: paper and equation, empty for none.
         panel: heading in ``--help``.
+        commas: whether one text may hold several values, separated by commas.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Option:
     unit: str = ""
     source: str = ""
     panel: str = ""
+    commas: bool = False
 
     @property
     def bounds(self) -> str:
@@ -68,12 +75,13 @@ def opt(
     unit: str = "",
     source: str = "",
     panel: str = "",
+    commas: bool = False,
 ) -> Any:
     """Declare an option: a dataclass field with everything that a user should know about it.
 
     Args:
-        default: value when nobody sets it; leave out when it must be set. Lists and dicts are copied per instance.
-        doc: one sentence, shown in ``--help`` and in the docs.
+        default: value when nobody sets it; leave out when it must be set. Lists and dicts are copied per
+        instance. doc: one sentence, shown in ``--help`` and in the docs.
         gt: the value must be greater than this.
         ge: the value must be at least this.
         lt: the value must be less than this.
@@ -82,6 +90,7 @@ def opt(
         unit: unit of the value, for example ``tokens`` or ``nats``.
         source: paper and equation.
         panel: heading under which ``--help`` shows it.
+        commas: a list of names that may be given as one text, separated by commas.
 
     Returns:
         A dataclass field (typed Any, as dataclasses.field is).
@@ -90,9 +99,23 @@ def opt(
         TypeError: if the doc is empty.
     """
     if not doc:
-        raise TypeError("opt(default, doc): the doc is missing; every option is explained where it is declared")
-    meta = {"rlx": dict(doc=doc, gt=gt, ge=ge, lt=lt, le=le, choices=tuple(choices), unit=unit, source=source,
-                        panel=panel)}
+        raise TypeError(
+            "opt(default, doc): the doc is missing; every option is explained where it is declared"
+        )
+    meta = {
+        "rlx": {
+            "doc": doc,
+            "gt": gt,
+            "ge": ge,
+            "lt": lt,
+            "le": le,
+            "choices": tuple(choices),
+            "unit": unit,
+            "source": source,
+            "panel": panel,
+            "commas": commas,
+        }
+    }
     if isinstance(default, list | dict):
         kept = default
         return dataclasses.field(default_factory=lambda: type(kept)(kept), metadata=meta)
@@ -113,6 +136,8 @@ def options(config: type) -> dict[str, Option]:
     hints = typing.get_type_hints(config)
     out = {}
     for field in dataclasses.fields(config):
+        if not field.init:
+            continue
         if "rlx" not in field.metadata:
             raise TypeError(f"{config.__qualname__}.{field.name} is declared without rlx.opt(default, doc)")
         default = field.default if field.default_factory is MISSING else field.default_factory()
@@ -127,8 +152,15 @@ def close(name: str, names: Sequence[str]) -> str:
 
 
 def type_name(annotation: Any) -> str:
-    """The annotation as a user reads it: ``number``, ``whole number``, ``text``, ``true or false``, ``list of …``."""
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text", type(None): "none"}
+    """The annotation as a user reads it: ``number``, ``whole number``, ``text``, ``list of …``."""
+    names = {
+        bool: "true or false",
+        int: "whole number",
+        float: "number",
+        str: "text",
+        type(None): "none",
+        Any: "value",
+    }
     if annotation in names:
         return names[annotation]
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -136,9 +168,19 @@ def type_name(annotation: Any) -> str:
         return " or ".join(type_name(a) for a in args)
     if origin in (list, tuple):
         return f"list of {type_name(args[0])}"
+    if origin is dict:
+        return "mapping"
     if origin is typing.Literal:
         return " | ".join(map(str, args))
-    return getattr(annotation, "__name__", str(annotation))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def is_list(option: Option) -> bool:
+    """Whether a flag of this option may be repeated: lists, tuples and mappings, with or without none."""
+    kinds = (option.type, *typing.get_args(option.type))
+    return any(
+        kind in (list, tuple, dict) or typing.get_origin(kind) in (list, tuple, dict) for kind in kinds
+    )
 
 
 def parse(option: Option, value: Any) -> Any:
@@ -154,18 +196,21 @@ def parse(option: Option, value: Any) -> Any:
     Raises:
         ValueError: with a sentence that says what is allowed.
     """
-    typed = _convert(option.type, value)
+    typed = _convert(option.type, value, option.commas)
     for item in typed if isinstance(typed, list | tuple) else (typed,):
-        if option.choices and item not in option.choices and item is not None:
-            raise ValueError(f"choose one of {', '.join(map(str, option.choices))}{close(str(item), list(map(str, option.choices)))}")
+        if option.choices and item is not None and item not in option.choices:
+            allowed = [str(choice) for choice in option.choices]
+            raise ValueError(f"one of {', '.join(allowed)}{close(str(item), allowed)}")
         if isinstance(item, int | float) and not isinstance(item, bool):
             _check_bounds(option, item)
+    if not _finite(typed):
+        raise ValueError("finite numbers")
     return typed
 
 
 def _check_bounds(option: Option, number: float) -> None:
     outside = (
-        not math.isfinite(number)
+        not _finite(number)
         or (option.gt is not None and not number > option.gt)
         or (option.ge is not None and not number >= option.ge)
         or (option.lt is not None and not number < option.lt)
@@ -175,74 +220,147 @@ def _check_bounds(option: Option, number: float) -> None:
         raise ValueError(f"a finite number {option.bounds}".rstrip())
 
 
-def _convert(annotation: Any, value: Any) -> Any:
+def _finite(value: Any) -> bool:
+    """False if a NaN or an infinity hides anywhere in value; no option of any component takes one."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(map(_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_finite, value))
+    return True
+
+
+def _convert(annotation: Any, value: Any, commas: bool = False) -> Any:
     """Value as the annotation's type; ValueError names the type that was wanted."""
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
-        return value
+        return scalar(value)
     if origin in (types.UnionType, typing.Union):
-        if type(None) in args and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
-            return None
-        # Narrow types first: '3' for `int | str` is a number, '0.5' for `float | str` too.
-        rank = [bool, int, float, list, tuple, str]
-        for arg in sorted((a for a in args if a is not type(None)), key=lambda a: _rank(a, rank)):
-            try:
-                return _convert(arg, value)
-            except ValueError:
-                continue
-        raise ValueError(type_name(annotation))
+        return _convert_union(annotation, value, commas)
     if origin in (list, tuple):
-        items = [v for v in value.split(",") if v] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            items = [items]
-        return origin(_convert(args[0], item) for item in items)
+        return origin(_convert(args[0], item) for item in _items(args[0], value, commas))
     if origin is typing.Literal:
-        if value not in args:
-            raise ValueError(type_name(annotation))
-        return value
+        for choice in args:
+            if value == choice or (isinstance(value, str) and value == str(choice)):
+                return choice
+        raise ValueError(type_name(annotation))
+    if annotation is dict or origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError("mapping")
+        kinds = args or (str, Any)
+        return {_convert(kinds[0], key): _convert(kinds[1], item) for key, item in value.items()}
     return _scalar(annotation, value)
 
 
-def _rank(annotation: Any, order: list[Any]) -> int:
-    kind = typing.get_origin(annotation) or annotation
-    return order.index(kind) if kind in order else len(order)
-
-
-def _scalar(annotation: Any, value: Any) -> Any:
-    if annotation is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-            return value.lower() in ("true", "yes", "on", "1")
-    elif annotation in (int, float):
-        if isinstance(value, str):
-            try:
-                number = float(value)
-            except ValueError:
-                raise ValueError(type_name(annotation)) from None
-            if annotation is float:
-                return number
-            if math.isfinite(number) and number == int(number):
-                return int(number)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if annotation is float:
-                return float(value)
-            if math.isfinite(value) and value == int(value):
-                return int(value)
-    elif annotation is str:
-        if isinstance(value, str):
-            return value
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return str(value)
-    elif annotation is dict or typing.get_origin(annotation) is dict:
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif isinstance(annotation, type) and isinstance(value, annotation):
-        return value
+def _convert_union(annotation: Any, value: Any, commas: bool) -> Any:
+    args = typing.get_args(annotation)
+    if type(None) in args and (
+        value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
+    ):
+        return None
+    # Narrow types first: '3' for `int | str` is a number, '0.5' for `float | str` too.
+    order = [bool, int, float, list, tuple, dict, str]
+    given = [arg for arg in args if arg is not type(None)]
+    ranks = {
+        arg: next((i for i, t in enumerate(order) if t is (typing.get_origin(arg) or arg)), 9)
+        for arg in given
+    }
+    exact = [arg for arg in given if isinstance(arg, type) and type(value) is arg]
+    for arg in exact + sorted(given, key=ranks.__getitem__):
+        try:
+            return _convert(arg, value, commas)
+        except ValueError:
+            continue
     raise ValueError(type_name(annotation))
 
 
-def build(config: type, values: Mapping[str, Any], *, owner: str, where: Mapping[str, str] | None = None) -> Any:
+def _items(item_type: Any, value: Any, commas: bool) -> list[Any]:
+    """The items of a list option; one text is split at commas where that is safe."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if commas or item_type in (int, float):
+        parts = [item.split(",") if isinstance(item, str) else [item] for item in items]
+        return [
+            part.strip() if isinstance(part, str) else part for group in parts for part in group if part != ""
+        ]
+    return items
+
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def _scalar(annotation: Any, value: Any) -> Any:
+    wrong = ValueError(type_name(annotation))
+    if annotation is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in TRUE + FALSE:
+            return value.lower() in TRUE
+        raise wrong
+    if annotation in (int, float):
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise wrong
+        return _number(annotation, value, wrong)
+    if annotation is str:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise wrong
+        return str(value)
+    if isinstance(annotation, type) and isinstance(value, annotation):
+        return value
+    raise wrong
+
+
+def _number(annotation: type, value: str | int | float, wrong: ValueError) -> int | float:
+    """An int or float; text may be written ``1e-5``, ``1_000`` or ``1e3`` (whole, so an int too)."""
+    if isinstance(value, str):
+        try:
+            value = int(value)
+        except ValueError:
+            try:
+                value = float(value)
+            except ValueError:
+                raise wrong from None
+    if annotation is float:
+        try:
+            return float(value)
+        except OverflowError:
+            raise wrong from None
+    if isinstance(value, float) and (not math.isfinite(value) or value != int(value)):
+        raise wrong
+    return int(value)
+
+
+class Plain(str):
+    """Text written without quotes, in YAML or as a flag: its type is decided where it is used."""
+
+
+def scalar(value: Any) -> Any:
+    """A value whose option declares no type: plain text that reads as a number or truth value becomes one.
+
+    Args:
+        value: anything; lists and mappings are gone through.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): scalar(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [scalar(item) for item in value]
+    if not isinstance(value, Plain):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if value.lower() in ("null", "none", "~"):
+        return None
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return str(value)
+
+
+def build(
+    config: type, values: Mapping[str, Any], *, owner: str, where: Mapping[str, str] | None = None
+) -> Any:
     """An instance of a Config class from raw values; every problem is reported, not only the first.
 
     Args:
@@ -251,25 +369,48 @@ def build(config: type, values: Mapping[str, Any], *, owner: str, where: Mapping
         owner: who owns the options, for messages: ``algorithm ppo``, ``reward length``.
         where: option name → where the value was given (``--flag`` or ``file:line:column``).
 
+    Returns:
+        The Config, frozen and checked.
+
     Raises:
         ErrorGroup: with one ConfigError a problem: unknown name, wrong type, out of bounds, missing.
     """
-    known, problems, typed = options(config), [], {}
+    known, typed = options(config), {}
+    problems: list[RlxError] = []
     for name, value in values.items():
         place = (where or {}).get(name, "")
         if name not in known:
-            problems.append(ConfigError(f"{owner} has no option {name!r}{close(name, list(known))}",
-                                        code="E-CONFIG-UNKNOWN", where=place,
-                                        expected=", ".join(known) or "no options at all"))
+            problems.append(
+                ConfigError(
+                    f"{owner} has no option {safe_text(name, 80)!r}{close(name, list(known))}",
+                    code="E-CONFIG-UNKNOWN",
+                    where=place,
+                    expected=", ".join(known) or "no options at all",
+                )
+            )
             continue
         try:
             typed[name] = parse(known[name], value)
         except ValueError as error:
-            problems.append(ConfigError(f"option {name!r} of {owner} has a value that is not allowed",
-                                        code="E-CONFIG-VALUE", where=place, got=repr(value)[:80], expected=str(error)))
+            problems.append(
+                ConfigError(
+                    f"option {name!r} of {owner} has a value that is not allowed",
+                    code="E-CONFIG-VALUE",
+                    where=place,
+                    got=safe_text(repr(redact(value, name)), 80),
+                    expected=str(error),
+                )
+            )
     for name, option in known.items():
         if option.default is MISSING and name not in values:
-            problems.append(ConfigError(f"{owner} needs the option {name!r}: {option.doc}", code="E-CONFIG-MISSING"))
+            problems.append(
+                ConfigError(f"{owner} needs the option {name!r}: {option.doc}", code="E-CONFIG-MISSING")
+            )
     if problems:
-        raise ErrorGroup(problems)
-    return config(**typed)
+        raise problems[0] if len(problems) == 1 else ErrorGroup(problems)
+    try:
+        return config(**typed)
+    except ValueError as error:  # a rule between options, stated in __post_init__
+        raise ConfigError(
+            f"options of {owner} do not fit together: {safe_text(error)}", code="E-CONFIG-CONFLICT"
+        ) from error
