@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _layout(kind: str) -> Any:
@@ -40,15 +42,20 @@ class Sequences:
 
     def __post_init__(self) -> None:
         if int(self.lengths.sum()) != len(self.ids) or len(self.scored) != len(self.ids):
-            raise ValueError(f"lengths add up to {int(self.lengths.sum())}, but there are {len(self.ids)} ids and "
-                             f"{len(self.scored)} scored flags")
+            raise ValueError(
+                f"lengths add up to {int(self.lengths.sum())}, but there are {len(self.ids)} ids and "
+                f"{len(self.scored)} scored flags"
+            )
         starts = self.starts[self.lengths > 0]
         if bool(self.scored[starts].any()):
             raise ValueError("the first token of a sequence cannot be scored: no token precedes it")
 
     @classmethod
     def from_lists(
-        cls, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], groups: Sequence[int] | None = None
+        cls,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        groups: Sequence[int] | None = None,
     ) -> Self:
         """Sequences of prompt plus completion, completion tokens scored.
 
@@ -63,7 +70,9 @@ class Sequences:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts, but {len(completions)} completions")
         if any(len(prompt) == 0 for prompt in prompts):
-            raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} is empty; put a start token before it")
+            raise ValueError(
+                f"prompt {[len(p) for p in prompts].index(0)} is empty; put a start token before it"
+            )
         flat, scored = [], []
         for prompt, completion in zip(prompts, completions, strict=True):
             flat += [*prompt, *completion]
@@ -99,8 +108,13 @@ class Sequences:
     def take(self, index: Tensor) -> Sequences:
         """The sequences numbered by index (K,) int64, in that order."""
         tokens = flat_index(self.lengths, index)
-        return Sequences(self.ids[tokens], self.lengths[index], self.prompt_lengths[index], self.groups[index],
-                         self.scored[tokens])
+        return Sequences(
+            self.ids[tokens],
+            self.lengths[index],
+            self.prompt_lengths[index],
+            self.groups[index],
+            self.scored[tokens],
+        )
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same on another device."""
@@ -146,6 +160,7 @@ class Prompts:
 
     def take(self, index: Sequence[int]) -> Prompts:
         """The prompts numbered by index, in that order; numbers may repeat."""
+
         def pick(values: list[Any]) -> list[Any]:
             return [values[i] for i in index]
 
@@ -182,7 +197,7 @@ class Batch:
             if "layout" not in f.metadata or value is None:
                 continue
             pick = picks[f.metadata["layout"]]
-            if isinstance(value, Tensor):
+            if isinstance(value, torch.Tensor):
                 changed[f.name] = value[pick]
             elif isinstance(value, Prompts):
                 changed[f.name] = value.take(pick.tolist())
@@ -205,12 +220,15 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same with every tensor on another device."""
+
         def move(value: Any) -> Any:
             if isinstance(value, dict):
                 return {name: move(item) for name, item in value.items()}
-            return value.to(device) if isinstance(value, Tensor | Sequences) else value
+            return value.to(device) if isinstance(value, torch.Tensor | Sequences) else value
 
-        return dataclasses.replace(self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)})
+        return dataclasses.replace(
+            self, **{f.name: move(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        )
 
 
 @dataclass(frozen=True)

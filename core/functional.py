@@ -7,6 +7,7 @@ the S tokens belong to each sequence; a count of 0 is legal everywhere. Log-prob
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,7 +94,9 @@ def kl_estimate(policy: Tensor, reference: Tensor, kind: str) -> Tensor:
     raise ValueError(f"kl estimator must be k1, k2, k3 or abs, not {kind!r}")
 
 
-def gae(rewards: Tensor, values: Tensor, counts: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, counts: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation.
 
     Args:
@@ -126,7 +129,9 @@ def moments(x: Tensor, total: Total = alone) -> tuple[Tensor, Tensor, Tensor]:
     A single value has variance 0; no value at all has mean 0 and variance 0.
     """
     double = x.double()
-    sums = total(torch.stack([torch.tensor(float(len(x)), dtype=torch.float64, device=x.device), double.sum()]))
+    sums = total(
+        torch.stack([torch.tensor(float(len(x)), dtype=torch.float64, device=x.device), double.sum()])
+    )
     count, mean = sums[0], sums[1] / sums[0].clamp(min=1)
     variance = total((double - mean).square().sum()) / (count - 1).clamp(min=1)
     return count, mean, variance
@@ -147,6 +152,30 @@ def whiten(x: Tensor, total: Total = alone, *, shift_mean: bool = True) -> Tenso
     return (white if shift_mean else white + mean).to(x.dtype)
 
 
+@dataclass
+class RunningMoments:
+    """Count, mean and summed squared deviation of all scores seen so far (Chan's parallel update)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    @property
+    def std(self) -> float:
+        """Unbiased standard deviation; 1 before two scores were seen."""
+        return (self.squares / (self.count - 1)) ** 0.5 if self.count > 1 else 1.0
+
+    def update(self, count: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> None:
+        """Take in a batch of scores by its moments."""
+        n, delta = float(count), float(mean) - self.mean
+        if n == 0:
+            return
+        total = self.count + n
+        self.squares += float(variance) * max(n - 1, 0) + delta**2 * self.count * n / total
+        self.mean += delta * n / total
+        self.count = total
+
+
 def group_sum(x: Tensor, groups: Tensor) -> Tensor:
     """Sum of x (N,) over the sequences of the same group, at each of them → (N,)."""
     _, index = groups.unique(return_inverse=True)
@@ -156,11 +185,6 @@ def group_sum(x: Tensor, groups: Tensor) -> Tensor:
 def group_size(groups: Tensor) -> Tensor:
     """(N,) int64, how many sequences share the group of each."""
     return group_sum(torch.ones_like(groups), groups)
-
-
-def mean_metric(x: Tensor) -> Tensor:
-    """x, detached, for ``Loss.metrics``."""
-    return x.detach()
 
 
 def _check(x: Tensor, counts: Tensor) -> None:

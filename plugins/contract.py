@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -40,47 +41,32 @@ class Algorithm:
     A batch's way: ``prepare`` once, without gradient; then for each epoch and mini-batch ``loss`` on every
     micro-batch, ``verdict`` before the optimizer steps.
 
-    Class attributes:
+    Class attributes, those from ``needs`` on also set for one instance in ``__init__``:
         Config: frozen dataclass of ``rlx.opt`` fields.
         eats: ``prompts`` (online), ``pairs``, ``labeled`` or ``demonstrations``.
         defaults: core options for which this algorithm has another default.
+        needs: what the loop must provide, any of ``reference`` (log-probs under the reference), ``values`` (a value
+            function, before the update and in it), ``entropy`` (of the policy, in the loss), ``kl`` (the exact
+            KL(policy‖reference) at each token).
+        completions_per_prompt: how many completions of each prompt are sampled.
+        epochs: how often one batch is gone through.
+        mini_batches: into how many optimizer steps one pass over a batch is cut.
+        stop_token_ids: tokens that end a completion, beside the model's own end-of-sequence tokens.
+        loss_per: the counts that ``Loss.terms`` are divided by.
     """
 
     Config: ClassVar[type] = NoOptions
     eats: ClassVar[str] = "prompts"
-    defaults: ClassVar[Mapping[str, Any]] = {}
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    needs: frozenset[str] = frozenset()
+    completions_per_prompt: int = 1
+    epochs: int = 1
+    mini_batches: int = 1
+    stop_token_ids: tuple[int, ...] = ()
+    loss_per: tuple[str, ...] = ("tokens",)
 
     def __init__(self, config: Any) -> None:
         self.config = config
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the loop must provide: any of ``reference``, ``values``, ``entropy``, ``kl``.
-
-        ``reference``: log-probs under the reference. ``values``: a value function, before the update and in it.
-        ``entropy``: of the policy, in the loss. ``kl``: the exact KL(policy‖reference) at each token.
-        """
-        return frozenset()
-
-    @property
-    def completions_per_prompt(self) -> int:
-        """How many completions of each prompt are sampled."""
-        return 1
-
-    @property
-    def epochs(self) -> int:
-        """How often one batch is gone through."""
-        return 1
-
-    @property
-    def mini_batches(self) -> int:
-        """Into how many optimizer steps one pass over a batch is cut."""
-        return 1
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion, beside the model's own end-of-sequence tokens."""
-        return ()
 
     def prepare(self, batch: Any, score: Scorer) -> Any:
         """The batch with what the loss needs; it may change kind. Runs once a batch, without gradient."""
@@ -125,7 +111,12 @@ class Reward:
         self.config = config
 
     def __call__(
-        self, *, prompts: list[Any], completions: list[str], completion_ids: list[list[int]], **columns: list[Any]
+        self,
+        *,
+        prompts: list[Any],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        **columns: list[Any],
     ) -> Sequence[float | Sequence[float] | None]:
         """One number a completion, or a list of one number a token; None where the reward does not apply."""
         raise TypeError(f"{type(self).__qualname__} has no __call__")
@@ -219,7 +210,9 @@ class Completions:
 class Generator(Protocol):
     """Samples completions."""
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]) -> Completions:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> Completions:
         """n completions of each prompt.
 
         Args:

@@ -1,0 +1,62 @@
+"""Metrics between two log lines: sums and counts on the device, read once, over all processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+
+class Meter:
+    """Running means by name. Nothing is read from the device before ``means``."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, name: str, values: Tensor | float) -> None:
+        """Take in values of any shape; they count one by one."""
+        tensor = torch.as_tensor(values).detach()
+        total = tensor.double().sum() if tensor.device.type != "mps" else tensor.float().sum()
+        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        self.counts[name] = self.counts.get(name, 0) + tensor.numel()
+
+    def merge(self, other: Meter) -> None:
+        """Take in all that another meter holds."""
+        for name, total in other.sums.items():
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """The mean of each name over all processes; a name that saw no value anywhere is left out."""
+        names = list(self.sums)
+        if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            names = sorted(set(gather_object(names)))
+        if not names:
+            return {}
+        zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        sums = torch.stack([self.sums.get(name, zero).to(accelerator.device) for name in names])
+        counts = torch.tensor([float(self.counts.get(name, 0)) for name in names], device=accelerator.device)
+        both = total(accelerator, torch.stack([sums, counts.double()])).tolist()
+        return {name: s / n for name, s, n in zip(names, *both, strict=True) if n}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums and counts; the sums are tensors."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+def total(accelerator: Accelerator, values: Tensor) -> Tensor:
+    """The element-wise sum of values over all processes."""
+    if accelerator.num_processes == 1:
+        return values
+    return accelerator.reduce(values.clone(), reduction="sum")

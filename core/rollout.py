@@ -1,0 +1,220 @@
+"""From prompts to rollouts: sample, reward, and measure what the algorithm needs to know about the samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlx.core.batch import Rollouts, Scores, Sequences
+from rlx.core.errors import DivergedError
+from rlx.core.logprobs import full_kl, score
+from rlx.core.meter import total
+from rlx.core.precision import generation_precision
+from rlx.core.streams import stream_seed
+from rlx.core.update import token_budget
+from rlx.plugins.contract import Completions, Sampling
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from rlx.core.batch import Prompts
+    from rlx.core.models import Policy
+    from rlx.core.reference import Reference
+    from rlx.core.scoring import RewardRunner
+    from rlx.core.settings import Settings
+    from rlx.plugins.contract import Generator
+
+
+class Clock:
+    """Seconds spent in each phase since the last reading, under ``time/<phase>``."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Add the time that the block takes to ``time/<phase>``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            name = f"time/{phase}"
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class Studio:
+    """Where completions are sampled and measured: the policy, its reference, the generator and the rewards.
+
+    Args:
+        policy: the model that is trained.
+        reference: what the KL is taken to, or None.
+        generator: what samples.
+        rewards: what scores; None for data that brings its own preferences.
+        settings: sampling and precision.
+        accelerator: devices and processes.
+        stop_token_ids: tokens that end a completion.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Reference | None,
+        generator: Generator,
+        rewards: RewardRunner | None,
+        settings: Settings,
+        accelerator: Accelerator,
+        stop_token_ids: tuple[int, ...],
+    ) -> None:
+        self.policy, self.reference, self.generator, self.rewards = policy, reference, generator, rewards
+        self.settings, self.accelerator, self.clock = settings, accelerator, Clock()
+        self.sampling = Sampling(
+            max_new_tokens=settings.max_completion_length,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            min_p=settings.min_p,
+            repetition_penalty=settings.repetition_penalty,
+            stop_token_ids=stop_token_ids,
+            stop_strings=tuple(settings.stop_strings),
+        )
+
+    def sample(self, prompts: Prompts, n: int, seeds: Sequence[int], *, greedy: bool = False) -> Completions:
+        """n completions of each prompt, in the precision that ``generation_dtype`` asks for."""
+        with self.clock.measure("generate"), generation_precision(self.policy.model, self.settings.generation_dtype):
+            self.generator.sync(self.policy)
+            return self.generator.generate(prompts.ids, n, replace(self.sampling, greedy=greedy), seeds)
+
+    def roll_out(
+        self, prompts: Prompts, n: int, needs: frozenset[str], step: int, positions: Sequence[int]
+    ) -> Rollouts:
+        """Sample and measure.
+
+        Args:
+            prompts: B prompts of this process.
+            n: completions a prompt.
+            needs: ``Algorithm.needs``.
+            step: the batch's number, part of the sampling seeds.
+            positions: B places of the prompts in the batch of all processes, part of the sampling seeds.
+
+        Returns:
+            B·n rollouts, completions of one prompt adjacent.
+
+        Raises:
+            DivergedError: a log-prob is not finite.
+        """
+        seeds = [stream_seed(self.settings.seed, "generate", step, position) for position in positions]
+        completions = self.sample(prompts, n, seeds)
+        each = [i for i in range(len(prompts)) for _ in range(n)]
+        batch = self.reward(prompts.take(each), completions, [positions[i] for i in each])
+        with self.clock.measure("score"):
+            return self.measure(batch, completions, needs)
+
+    def reward(self, prompts: Prompts, completions: Completions, groups: Sequence[int]) -> Rollouts:
+        """Rollouts with their scores, nothing else measured yet; prompts and completions are N each."""
+        texts = self.policy.tokenizer.batch_decode(completions.ids, skip_special_tokens=True)
+        device = self.accelerator.device
+        rollouts = Rollouts(
+            Sequences.from_lists(prompts.ids, completions.ids, groups).to(device),
+            prompts=prompts,
+            texts=texts,
+            finished=torch.tensor(completions.finished, dtype=torch.bool, device=device),
+        )
+        if self.rewards is None:
+            return rollouts
+        with self.clock.measure("reward"):
+            scored = self.rewards.score(prompts, texts, completions.ids)
+        return replace(
+            rollouts, score=scored.score, rewards=scored.rewards, token_scores=scored.token_scores
+        ).to(device)
+
+    def measure(self, batch: Rollouts, completions: Completions, needs: frozenset[str]) -> Rollouts:
+        """Old log-probs, reference log-probs, values and exact KL, as far as they are needed."""
+        sequences, found = batch.sequences, {}
+        captured = None if self.settings.recompute_logps else completions.logprobs
+        if captured is None or "values" in needs:
+            now = self.score(sequences, "policy", values="values" in needs)
+            found |= {"old": now.logps, "values": now.values}
+        if captured is not None:
+            flat = [value for row in captured for value in row]
+            found["old"] = torch.tensor(flat, dtype=torch.float32, device=self.accelerator.device)
+        if "reference" in needs:
+            found["reference"] = self.score(sequences, "reference").logps
+        if "kl" in needs:
+            found["kl"] = self.exact_kl(sequences)
+        for name, values in found.items():
+            _check_finite(name, values, batch)
+        return replace(batch, **found)
+
+    def exact_kl(self, sequences: Sequences) -> Tensor:
+        """(S,) KL(policy‖reference) over the whole vocabulary at each scored token."""
+        if self.reference is None:
+            raise ValueError("an exact KL needs a reference")
+        with torch.no_grad():
+            return full_kl(
+                self.policy.model,
+                self.reference.active,
+                sequences,
+                temperature=self.settings.temperature,
+                token_budget=token_budget(self.settings, self.accelerator),
+            )
+
+    def score(self, sequences: Sequences, model: str = "policy", *, values: bool = False) -> Scores:
+        """Log-probs without gradient, under ``policy`` or ``reference``.
+
+        Raises:
+            ValueError: for any other name, or if there is no reference.
+        """
+        budget = token_budget(self.settings, self.accelerator)
+        options: dict[str, Any] = {
+            "temperature": self.settings.temperature,
+            "token_budget": budget,
+            "accelerator": self.accelerator,
+        }
+        sequences = sequences.to(self.accelerator.device)
+        with torch.no_grad():
+            if model == "reference" and self.reference is not None:
+                with self.reference.active() as module:
+                    return score(module, sequences, **options)
+            if model != "policy":
+                raise ValueError(f"score(sequences, model): model is 'policy' or 'reference' (if any), not {model!r}")
+            head = self.policy.value_head if values else None
+            now = score(self.policy.model, sequences, value_head=head, **options)
+            if values and self.policy.value_model is not None:
+                now = replace(now, values=self.policy.value_model.values(sequences, budget))
+            return now
+
+
+class RunScorer:
+    """What ``Algorithm.prepare`` sees of the run: log-probs of any sequences, and sums over processes."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+
+    def __call__(self, sequences: Sequences, model: str = "policy") -> Scores:
+        """Log-probs without gradient under ``policy`` or ``reference``."""
+        return self.studio.score(sequences, model)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The element-wise sum of values over all processes."""
+        return total(self.studio.accelerator, values)
+
+
+def _check_finite(name: str, values: Tensor | None, batch: Rollouts) -> None:
+    if values is None or bool(values.isfinite().all()):
+        return
+    position = int((~values.isfinite()).nonzero()[0])
+    owner = int(torch.repeat_interleave(batch.sequences.counts)[position])
+    first = int(batch.sequences.counts[:owner].sum())
+    raise DivergedError(
+        f"the {name} of a sampled token is not finite",
+        where=f"row {batch.prompts.rows[owner]}, completion token {position - first}",
+        got=str(float(values[position])),
+        expected="a finite number",
+        hint="check the model's weights (a first forward in float32), or the sampling options",
+    )

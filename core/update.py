@@ -1,0 +1,199 @@
+"""One mini-batch, one optimizer step: micro-batches by token budget, one global count, a finite check before the step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlx.core.batch import Batch
+from rlx.core.errors import DivergedError, MemoryExhausted
+from rlx.core.logprobs import score
+from rlx.core.meter import Meter, total
+from rlx.core.microbatch import cut
+from rlx.core.optim import build_optimizer, build_scheduler, load_optimizer_state, optimizer_state
+from rlx.core.streams import rng_scope
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from rlx.core.batch import Scores, Sequences
+    from rlx.core.models import Policy
+    from rlx.core.settings import Settings
+    from rlx.plugins.contract import Algorithm
+
+SKIPS_IN_A_ROW = 3
+
+
+class Updater:
+    """Turns mini-batches into optimizer steps.
+
+    Args:
+        policy: what is trained.
+        algorithm: gives the loss.
+        settings: optimizer, schedule, budget.
+        accelerator: devices, processes, mixed precision.
+        total_updates: mini-batches of the whole run, the horizon of the schedule.
+    """
+
+    def __init__(
+        self, policy: Policy, algorithm: Algorithm, settings: Settings, accelerator: Accelerator, total_updates: int
+    ) -> None:
+        self.policy, self.algorithm, self.settings, self.accelerator = policy, algorithm, settings, accelerator
+        self.parameters = policy.trainable()
+        self.optimizer = build_optimizer(self.parameters, settings)
+        self.scheduler = build_scheduler(self.optimizer, settings, total_updates)
+        self.budget = token_budget(settings, accelerator)
+        self.done = 0  # mini-batches gone through, the position of schedule and dropout stream
+        self.skipped_in_a_row = 0
+
+    def score(self, sequences: Sequences) -> Scores:
+        """One differentiable forward of everything that the loss needs."""
+        needs = self.algorithm.needs
+        now = score(
+            self.policy.model,
+            sequences,
+            temperature=self.settings.temperature if self.algorithm.eats == "prompts" else 1.0,
+            entropy="entropy" in needs,
+            value_head=self.policy.value_head if "values" in needs else None,
+            accelerator=self.accelerator,
+        )
+        if "values" in needs and self.policy.value_model is not None:
+            now = replace(now, values=self.policy.value_model.values(sequences, self.budget))
+        return now
+
+    def __call__(self, batch: Batch) -> tuple[str, Meter]:
+        """Go through one mini-batch of this process.
+
+        Returns:
+            What became of it (``step``, ``skip``, ``stop``) and its metrics.
+
+        Raises:
+            DivergedError: the loss or the gradient is not finite; no weight has moved.
+            MemoryExhausted: one row alone does not fit.
+        """
+        sizes = {by: self.count(batch, by) for by in self.algorithm.loss_per}
+        while True:
+            meter, value, fits = self.accumulate(batch, sizes)
+            if fits:
+                break
+            self.halve(batch)
+        verdict, meter = self.finish(meter, value)
+        self.scheduler.step()
+        self.done += 1
+        return verdict, meter
+
+    def skip(self, count: int) -> None:
+        """Pass over mini-batches that are not gone through; the schedule goes on."""
+        for _ in range(count):
+            self.scheduler.step()
+        self.done += count
+
+    def count(self, batch: Batch, by: str) -> float:
+        """The count of one loss term over all processes, at least 1."""
+        return max(1.0, float(total(self.accelerator, self.algorithm.size(batch, by).to(self.accelerator.device))))
+
+    def accumulate(self, batch: Batch, sizes: dict[str, float]) -> tuple[Meter, torch.Tensor, bool]:
+        """Gradients of all micro-batches, from zero: metrics, this process's part of the loss, and whether it fitted."""
+        self.optimizer.zero_grad(set_to_none=True)
+        meter, exhausted = Meter(), 0.0
+        value = torch.zeros((), device=self.accelerator.device)
+        with rng_scope(self.settings.seed, "dropout", self.done, self.accelerator.process_index):
+            try:
+                for rows in cut(batch.sequences.lengths, self.budget, per_row=batch.per_row):
+                    micro = batch.take(rows).to(self.accelerator.device)
+                    loss = self.algorithm.loss(micro, self.score(micro.sequences))
+                    part = torch.stack([terms.sum() / sizes[by] for by, terms in loss.terms.items()]).sum()
+                    part.backward()
+                    value += part.detach()
+                    for name, values in loss.metrics.items():
+                        meter.add(name, values)
+            except torch.OutOfMemoryError:
+                exhausted = 1.0
+        # Every process hears of it, so that all go through the mini-batch again with the same smaller budget.
+        flag = torch.tensor(exhausted, device=self.accelerator.device)
+        return meter, value, not bool(total(self.accelerator, flag))
+
+    def halve(self, batch: Batch) -> None:
+        """Halve the token budget after memory ran out; the mini-batch is gone through again from its beginning."""
+        longest = int(batch.sequences.lengths.max()) * batch.per_row if len(batch) else 0
+        if self.budget <= longest:
+            raise MemoryExhausted(
+                f"out of memory with one row of {longest} tokens in a forward and backward",
+                hint="lower max_completion_length, or use gradient_checkpointing: true, lora_r: 16 or dtype: bfloat16",
+            )
+        self.budget //= 2
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def finish(self, meter: Meter, value: torch.Tensor) -> tuple[str, Meter]:
+        """Sum gradients over processes, clip, ask the algorithm, check that all is finite, step."""
+        parameters = list(self.parameters.values())
+        sum_gradients(parameters, self.accelerator)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
+        loss, means = float(total(self.accelerator, value)), meter.means(self.accelerator)
+        verdict = self.algorithm.verdict(means) if means else "skip"
+        if verdict == "step" and not (math.isfinite(loss) and math.isfinite(norm)):
+            verdict = self.refuse(loss, norm)
+        if verdict == "step":
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            meter.add("loss", loss)
+            meter.add("grad_norm", norm)
+        else:
+            meter = Meter()  # the numbers of an exploded mini-batch would hide what the others did
+        meter.add("update/skipped", float(verdict != "step"))
+        self.optimizer.zero_grad(set_to_none=True)
+        return verdict, meter
+
+    def refuse(self, loss: float, norm: float) -> str:
+        """Stop, or skip the step, because the loss or the gradient is not finite."""
+        self.skipped_in_a_row += 1
+        if self.settings.nonfinite == "skip" and self.skipped_in_a_row <= SKIPS_IN_A_ROW:
+            return "skip"
+        raise DivergedError(
+            f"the loss or the gradient is not finite at optimizer step {self.done + 1}; no weight has moved",
+            got=f"loss {loss}, gradient norm {norm}",
+            expected="finite numbers",
+            hint="lower learning_rate, check the rewards in completions.jsonl, or allow it with nonfinite: skip",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state by parameter name, the schedule, the position and the budget."""
+        return {
+            "optimizer": optimizer_state(self.optimizer),
+            "last_epoch": self.scheduler.last_epoch,
+            "done": self.done,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "budget": self.budget,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what ``state_dict`` gave; bit-exact."""
+        load_optimizer_state(self.optimizer, state["optimizer"])
+        self.scheduler.last_epoch = state["last_epoch"]
+        self.done, self.skipped_in_a_row, self.budget = state["done"], state["skipped_in_a_row"], state["budget"]
+
+
+def token_budget(settings: Settings, accelerator: Accelerator) -> int:
+    """Tokens of one forward and backward."""
+    return settings.max_tokens_per_micro_batch or (16384 if accelerator.device.type == "cuda" else 4096)
+
+
+def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
+    """Add up the gradients of all processes, in one message a dtype.
+
+    Losses are divided by global counts, so the sum is the gradient of the whole mini-batch. Unlike a wrapper that
+    reduces during backward, this lets processes have different numbers of micro-batches, or none.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    for dtype in {parameter.dtype for parameter in parameters}:
+        grads = [parameter.grad for parameter in parameters if parameter.dtype == dtype]
+        flat = total(accelerator, torch.nn.utils.parameters_to_vector(grads))
+        torch.nn.utils.vector_to_parameters(flat, grads)
