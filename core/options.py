@@ -80,8 +80,8 @@ def opt(
     """Declare an option: a dataclass field with everything that a user should know about it.
 
     Args:
-        default: value when nobody sets it; leave out when it must be set. Lists and dicts are copied per
-        instance. doc: one sentence, shown in ``--help`` and in the docs.
+        default: value when nobody sets it; leave out when it must be set. Lists and dicts are copied.
+        doc: one sentence, shown in ``--help`` and in the docs.
         gt: the value must be greater than this.
         ge: the value must be at least this.
         lt: the value must be less than this.
