@@ -1,0 +1,11 @@
+"""Data sets that need no download, and the model that goes with them."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def tiny_path() -> Path:
+    """Folder of the model and tokenizer that ship inside the package (made by ``examples/make_tiny_model.py``)."""
+    return Path(str(files("rlx.plugins.datasets") / "tiny"))
