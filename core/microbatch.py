@@ -1,0 +1,64 @@
+"""Cutting a batch into micro-batches by padded tokens. Torch only, no model.
+
+Legend: N sequences, R rows; ``per_row`` adjacent sequences make a row and are never parted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def cut(lengths: Tensor, budget: int, per_row: int = 1) -> list[Tensor]:
+    """Rows of each micro-batch, so that its sequences × its longest sequence stay within a budget.
+
+    Rows are sorted by length, longest first: padding is small, and a budget that does not fit in memory fails at the
+    first micro-batch. Rows of equal length keep their order, so the cut depends on nothing but the arguments.
+
+    Args:
+        lengths: (N,) int64, tokens of each sequence.
+        budget: padded tokens a micro-batch may have, at least 1; a single row may exceed it.
+        per_row: adjacent sequences that stay together, 2 for preference pairs.
+
+    Returns:
+        Row numbers (K,) int64 of each micro-batch, on the device of lengths; every row once. None for no row.
+
+    Raises:
+        ValueError: if the budget is not positive or the sequences do not fill whole rows.
+    """
+    if budget < 1:
+        raise ValueError(f"a micro-batch needs a budget of at least 1 token, not {budget}")
+    longest = _row_lengths(lengths, per_row)
+    order = longest.argsort(descending=True, stable=True)
+    widths = longest[order].tolist()
+    parts, start = [], 0
+    while start < len(order):
+        rows = max(1, budget // (per_row * max(1, widths[start])))
+        parts.append(order[start : start + rows])
+        start += rows
+    return parts
+
+
+def padding_waste(lengths: Tensor, parts: list[Tensor], per_row: int = 1) -> float:
+    """Share of the padded tokens of these micro-batches that are padding, 0 to 1; 0 without any token.
+
+    Args:
+        lengths: (N,) int64, tokens of each sequence.
+        parts: row numbers of each micro-batch, as ``cut`` returns them.
+        per_row: adjacent sequences that make a row.
+    """
+    longest = _row_lengths(lengths, per_row)
+    real = sum(int(lengths.view(-1, per_row)[rows].sum()) for rows in parts)
+    padded = sum(int(longest[rows].max()) * len(rows) * per_row for rows in parts if len(rows))
+    return 1 - real / padded if padded else 0.0
+
+
+def _row_lengths(lengths: Tensor, per_row: int) -> Tensor:
+    """(R,) int64, tokens of the longest sequence of each row."""
+    if len(lengths) % per_row:
+        raise ValueError(f"{len(lengths)} sequences do not fill rows of {per_row}")
+    return lengths.view(-1, per_row).amax(dim=1) if len(lengths) else torch.zeros_like(lengths)
