@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,21 @@ if TYPE_CHECKING:
     from rlx.plugins.contract import Algorithm
 
 SKIPS_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one mini-batch.
+
+    Attributes:
+        verdict: ``step``: the weights moved; ``skip``: they did not; ``stop``: nor will they, in this batch.
+        loss: over all processes.
+        metrics: of this process.
+    """
+
+    verdict: str
+    loss: float
+    metrics: Meter
 
 
 class Updater:
@@ -64,11 +79,8 @@ class Updater:
             now = replace(now, values=self.policy.value_model.values(sequences, self.budget))
         return now
 
-    def __call__(self, batch: Batch) -> tuple[str, Meter]:
-        """Go through one mini-batch of this process.
-
-        Returns:
-            What became of it (``step``, ``skip``, ``stop``) and its metrics.
+    def __call__(self, batch: Batch) -> Outcome:
+        """Go through one mini-batch: the rows of it that this process holds.
 
         Raises:
             DivergedError: the loss or the gradient is not finite; no weight has moved.
@@ -80,10 +92,10 @@ class Updater:
             if fits:
                 break
             self.halve(batch)
-        verdict, meter = self.finish(meter, value)
+        outcome = self.finish(meter, value)
         self.scheduler.step()
         self.done += 1
-        return verdict, meter
+        return outcome
 
     def skip(self, count: int) -> None:
         """Pass over mini-batches that are not gone through; the schedule goes on."""
@@ -128,7 +140,7 @@ class Updater:
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def finish(self, meter: Meter, value: torch.Tensor) -> tuple[str, Meter]:
+    def finish(self, meter: Meter, value: torch.Tensor) -> Outcome:
         """Sum gradients over processes, clip, ask the algorithm, check that all is finite, step."""
         parameters = list(self.parameters.values())
         sum_gradients(parameters, self.accelerator)
@@ -146,7 +158,7 @@ class Updater:
             meter = Meter()  # the numbers of an exploded mini-batch would hide what the others did
         meter.add("update/skipped", float(verdict != "step"))
         self.optimizer.zero_grad(set_to_none=True)
-        return verdict, meter
+        return Outcome(verdict, loss, meter)
 
     def refuse(self, loss: float, norm: float) -> str:
         """Stop, or skip the step, because the loss or the gradient is not finite."""

@@ -1,0 +1,223 @@
+"""The core loop: batches → rollouts → algorithm.prepare → mini-batches → one optimizer step each → events.
+
+A *step* is one batch of rows with everything that is done with it; it may hold several optimizer steps. Everything
+that decides a step (rows, samples, shuffles, dropout) is seeded by its number, so the state between two steps is small.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlx.core.meter import Meter, total
+from rlx.core.order import Order, share
+from rlx.core.rollout import RunScorer, Studio
+from rlx.core.streams import generator
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from accelerate import Accelerator
+
+    from rlx.core.batch import Batch, Rollouts
+    from rlx.core.config import RunConfig
+    from rlx.core.data import PromptData
+    from rlx.core.folder import RunFolder
+    from rlx.core.models import Policy
+    from rlx.core.update import Updater
+    from rlx.plugins.contract import Algorithm
+    from rlx.plugins.events import Events
+
+
+@dataclass
+class Run:
+    """A training run, driven by ``rlx.run`` or by hand: ``for metrics in run``, ``run.step()``.
+
+    Attributes:
+        config: the resolved configuration.
+        accelerator: devices and processes.
+        policy: what is trained, with its value function.
+        algorithm: the loss.
+        studio: samples and measures completions.
+        updater: optimizer, schedule, micro-batches.
+        data: the training prompts.
+        eval_data: held-out prompts, or None.
+        order: which rows make which batch.
+        events: callbacks.
+        folder: the run folder.
+        plan: what will be done, a line each.
+        global_step: batches done.
+        metrics_history: one entry a log line.
+        rollouts: the last batch of rollouts.
+        evaluated: the samples of the last evaluation.
+        printers: where ``say`` writes; the last one wins.
+        boundary: True while the state equals that between two steps.
+    """
+
+    config: RunConfig
+    accelerator: Accelerator
+    policy: Policy
+    algorithm: Algorithm
+    studio: Studio
+    updater: Updater
+    data: PromptData
+    eval_data: PromptData | None
+    order: Order
+    events: Events
+    folder: RunFolder
+    plan: list[str]
+    global_step: int = 0
+    metrics_history: list[dict[str, Any]] = field(default_factory=list)
+    rollouts: Rollouts | None = None
+    evaluated: Rollouts | None = None
+    printers: list[Callable[[str], None]] = field(default_factory=lambda: [print])
+    boundary: bool = True
+    stopping: bool = False
+    meter: Meter = field(default_factory=Meter)
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.settings, self.tokenizer = self.config.settings, self.policy.tokenizer
+        self.score = RunScorer(self.studio)
+        self.since, self.tokens_since = time.perf_counter(), self.tokens
+
+    @property
+    def total_steps(self) -> int:
+        """Batches of the whole run."""
+        return self.order.total_steps
+
+    @property
+    def is_main(self) -> bool:
+        """True on the process that writes and prints."""
+        return self.accelerator.is_main_process
+
+    def say(self, line: str) -> None:
+        """Print a line, on the main process only."""
+        if self.is_main:
+            self.printers[-1](line)
+
+    def stop(self) -> None:
+        """End the run after this step, as if it were the last."""
+        self.stopping = True
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        while self.global_step < self.total_steps and not self.stopping:
+            yield self.step()
+
+    def step(self) -> dict[str, float]:
+        """One batch, from rows to optimizer steps.
+
+        Returns:
+            The metrics of the log line, where this step writes one; else an empty dict.
+        """
+        batch = self.algorithm.prepare(self.roll_out(), self.score)
+        for mini_batch in self.minibatches(batch):
+            if self.update(mini_batch) == "stop":
+                break
+        return self.end_step(batch)
+
+    def roll_out(self) -> Rollouts:
+        """The rollouts of the next step: sampled, rewarded, measured."""
+        rows = self.order.rows(self.global_step)
+        mine = share(len(rows), self.accelerator.process_index, self.accelerator.num_processes)
+        prompts = self.data.take([rows[i] for i in mine])
+        rollouts = self.studio.roll_out(
+            prompts, self.algorithm.completions_per_prompt, self.algorithm.needs, self.global_step, list(mine)
+        )
+        self.rollouts = rollouts
+        self._observe(rollouts)
+        self.events.emit("on_rollouts", run=self, rollouts=rollouts)
+        return rollouts
+
+    def minibatches(self, batch: Batch) -> Iterator[Batch]:
+        """Epochs × mini-batches of a prepared batch, shuffled anew each epoch.
+
+        The shuffle is over the rows of all processes; each takes those it holds, so that a mini-batch has the same
+        rows whatever the number of processes. Mini-batches that a ``break`` leaves out are made up in the schedule.
+        """
+        algorithm, before = self.algorithm, self.updater.done
+        sizes = torch.zeros(self.accelerator.num_processes, dtype=torch.long, device=self.accelerator.device)
+        sizes[self.accelerator.process_index] = len(batch)
+        sizes = total(self.accelerator, sizes).tolist()
+        first, rows = sum(sizes[: self.accelerator.process_index]), sum(sizes)
+        try:
+            for epoch in range(algorithm.epochs):
+                shuffle = generator(self.settings.seed, "minibatch", self.global_step, epoch)
+                order = torch.randperm(rows, generator=shuffle)
+                for part in range(algorithm.mini_batches):
+                    chosen = share(rows, part, algorithm.mini_batches)
+                    mine = order[chosen.start : chosen.stop] - first
+                    mine = mine[(mine >= 0) & (mine < len(batch))]
+                    if len(chosen):
+                        yield batch.take(mine.to(batch.sequences.ids.device))
+        finally:
+            expected = algorithm.epochs * algorithm.mini_batches
+            self.updater.skip(expected - (self.updater.done - before))
+
+    def update(self, mini_batch: Batch) -> str:
+        """One optimizer step on a mini-batch; what became of it: ``step``, ``skip`` or ``stop``."""
+        self.boundary = False
+        with self.studio.clock.measure("update"):
+            outcome = self.updater(mini_batch)
+        self.meter.merge(outcome.metrics)
+        self.events.emit("on_loss", run=self, batch=mini_batch, loss=outcome.loss)
+        return outcome.verdict
+
+    def end_step(self, batch: Batch) -> dict[str, float]:
+        """Count the step, tell the callbacks, and write a log line when it is time.
+
+        Returns:
+            The log line, or an empty dict.
+        """
+        for name, values in batch.metrics.items():
+            self.meter.add(name, values)
+        self.global_step += 1
+        self.boundary = True
+        last = self.global_step >= self.total_steps or self.stopping
+        logged: dict[str, float] = {}
+        if self.global_step % self.settings.logging_steps == 0 or last:
+            logged = self._read_meter()
+            self.log(logged)
+        self.events.emit("on_step_end", run=self, metrics=logged)
+        return logged
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write one line of metrics and tell the callbacks."""
+        line = {"step": self.global_step, **metrics}
+        self.metrics_history.append(line)
+        if self.is_main:
+            self.folder.log_metrics(line)
+        self.events.emit("on_log", run=self, metrics=line)
+
+    def _read_meter(self) -> dict[str, float]:
+        now = time.perf_counter()
+        for name, seconds in self.studio.clock.seconds.items():
+            self.meter.add(name, seconds)
+        metrics = self.meter.means(self.accelerator)
+        metrics |= {
+            "learning_rate": self.updater.scheduler.get_last_lr()[0],
+            "tokens": float(self.tokens),
+            "tokens_per_second": (self.tokens - self.tokens_since) / max(now - self.since, 1e-9),
+        }
+        self.meter, self.since, self.tokens_since = Meter(), now, self.tokens
+        self.studio.clock.seconds.clear()
+        return dict(sorted(metrics.items()))
+
+    def _observe(self, rollouts: Rollouts) -> None:
+        """Take in what the rollouts themselves tell, whatever the algorithm makes of them."""
+        counts = rollouts.sequences.counts.float()
+        seen = {"completion/length": counts, "completion/eos_rate": rollouts.finished.float()}
+        if rollouts.score is not None:
+            applies = ~rollouts.score.isnan()
+            reward = rollouts.score[applies]
+            seen |= {"reward": reward, "reward/unscorable": (~applies).float()}
+            seen |= {f"reward/{name}": values[~values.isnan()] for name, values in rollouts.rewards.items()}
+            if len(reward) > 1:
+                seen["reward/std"] = reward.std()
+        for name, values in seen.items():
+            self.meter.add(name, values)
+        self.tokens += int(total(self.accelerator, rollouts.sequences.lengths.sum()))
