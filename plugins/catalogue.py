@@ -1,0 +1,41 @@
+"""The built-in components, offered through the same door as anybody's. Strings only: nothing is imported here."""
+
+from __future__ import annotations
+
+from rlx.plugins.hookspecs import hookimpl
+from rlx.plugins.registry import Registry
+
+COMPONENTS = {
+    "algorithm": {
+        "ppo": ("rlx.algorithms.ppo:PPO", "proximal policy optimisation with a value function"),
+    },
+    "reward": {
+        "exact_match": ("rlx.rewards.match:ExactMatch", "1 if the completion equals the answer"),
+        "contains": ("rlx.rewards.match:Contains", "1 if the completion contains a text"),
+        "regex": ("rlx.rewards.match:Regex", "1 if a regular expression matches the completion"),
+        "format": ("rlx.rewards.match:Format", "1 if the completion has the wanted form"),
+        "length": ("rlx.rewards.length:Length", "how close the completion's length is to a target"),
+        "repetition": ("rlx.rewards.repetition:Repetition", "penalty for repeated n-grams"),
+    },
+    "generator": {
+        "native": (
+            "rlx.plugins.generators.native:Native",
+            "prefill once a prompt, drop finished rows; the default",
+        ),
+        "transformers": ("rlx.plugins.generators.plain:Plain", "model.generate of transformers"),
+    },
+    "dataset": {
+        "wordmath": (
+            "rlx.plugins.datasets.wordmath:WordMath",
+            "small tasks with checkable answers, generated in code",
+        ),
+    },
+}
+
+
+@hookimpl
+def rlx_register(registry: Registry) -> None:
+    """Offer every built-in component."""
+    for kind, components in COMPONENTS.items():
+        for name, (target, summary) in components.items():
+            registry.add(kind, name, target, summary)

@@ -1,0 +1,139 @@
+"""Find plugins: entry points of the group ``rlx.v1``, one by one, each failing for itself.
+
+Not pluggy's own loop: that one stops at the first failure, passes over duplicates in silence, and follows the order of
+the file system. The group carries the API's major version, so a plugin for another one is seen without importing it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import traceback
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+from typing import TYPE_CHECKING
+
+from rlx.core.errors import PluginError, RlxError
+from rlx.core.text import safe_text
+from rlx.plugins import loading
+from rlx.plugins.hookspecs import GlobalHooks, check_hooks
+
+if TYPE_CHECKING:
+    from rlx.plugins.registry import Registry
+
+API = 1
+GROUP = re.compile(r"rlx\.v(\d+)")
+BUILTIN = "rlx"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin that was seen.
+
+    Attributes:
+        name: the entry point's name.
+        distribution: the installed package.
+        version: its version.
+        value: the entry point's value, ``pkg.mod`` or ``pkg.mod:object``.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A plugin that failed to load.
+
+    Attributes:
+        plugin: which one.
+        reason: one or a few sentences.
+        traceback: Python's, empty if nothing was raised.
+        error: what was raised.
+    """
+
+    plugin: Plugin
+    reason: str
+    traceback: str = ""
+    error: BaseException | None = None
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def load_builtins(registry: Registry) -> None:
+    """Let the catalogue of built-ins register; a failure here is a bug and is raised."""
+    with registry.loading(Plugin(BUILTIN, "rlx", importlib.metadata.version("rlx"), "rlx.plugins.catalogue")):
+        admit(registry, loading.load_module("rlx.plugins.catalogue"), BUILTIN)
+
+
+def load_plugins(registry: Registry, blocked: Collection[str]) -> None:
+    """Add every installed plugin to a registry, in alphabetical order; one that fails is recorded in ``broken``.
+
+    Args:
+        registry: one with the built-ins.
+        blocked: names of plugins or distributions that are not imported; ``*`` for all.
+    """
+    seen = [
+        (api, Plugin(point.name, point.dist.name, point.dist.version, point.value))
+        for api, point in _points()
+    ]
+    for api, plugin in sorted(seen, key=lambda item: (item[1].name, item[1].distribution)):
+        same = [other for _, other in seen if other.name == plugin.name]
+        if {"*", plugin.name, plugin.distribution} & set(blocked):
+            registry.blocked |= {plugin.name, plugin.distribution}
+        elif api != API:
+            registry.broken[plugin.name] = Broken(plugin, f"needs plugin API {api}, this rlx has {API}")
+        elif plugin.name == BUILTIN:
+            registry.broken[plugin.distribution] = Broken(
+                plugin, f"the plugin name {BUILTIN!r} belongs to the built-ins"
+            )
+        elif len(same) > 1:
+            offers = ", ".join(f"{other.distribution} {other.version}" for other in same)
+            registry.broken[plugin.name] = Broken(
+                plugin, f"several distributions offer a plugin of this name: {offers}"
+            )
+        else:
+            _load(registry, plugin)
+
+
+def admit(registry: Registry, found: object, name: str) -> None:
+    """Check a plugin's hooks and register it, which calls its ``rlx_register``.
+
+    Raises:
+        PluginError: for a misspelt hook or argument, or a plugin without any hook.
+        Exception: whatever its ``rlx_register`` raises.
+    """
+    problems = check_hooks(registry.manager, found, GlobalHooks)
+    if problems:
+        raise PluginError("; ".join(problems), code="E-PLUGIN-HOOK")
+    try:
+        registry.manager.register(found, name)
+    except BaseException:
+        registry.manager.unregister(name=name)
+        raise
+
+
+def _points() -> Iterator[tuple[int, EntryPoint]]:
+    """Entry points of every group ``rlx.v<number>``, with that number."""
+    found = importlib.metadata.entry_points()
+    for group in found.groups:
+        match = GROUP.fullmatch(group)
+        if match:
+            yield from ((int(match[1]), point) for point in found.select(group=group))
+
+
+def _load(registry: Registry, plugin: Plugin) -> None:
+    """Import one plugin and let it register; a failure is recorded, and nothing of the plugin stays."""
+    try:
+        with registry.loading(plugin):
+            load = loading.load if ":" in plugin.value else loading.load_module
+            admit(registry, load(plugin.value), plugin.name)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, RlxError):
+            reason = f"{error.what} ({error.got})" if error.got else error.what
+        registry.broken[plugin.name] = Broken(plugin, safe_text(reason), traceback.format_exc(), error)

@@ -1,0 +1,166 @@
+"""Calling hooks: the events of one run, and the global hooks. A failure names plugin, hook and step.
+
+pluggy checks and keeps the implementations; the calls are made here, because pluggy calls the last registered first
+and one failure ends the call, where callbacks run in the order in which they were added and an observer's failure
+ends nothing but the observer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pluggy
+
+from rlx.core.errors import PluginError
+from rlx.core.text import safe_text
+from rlx.plugins.hookspecs import PROJECT, RunEvents, arguments, check_hooks
+from rlx.plugins.references import origin
+from rlx.plugins.registry import registry
+
+log = logging.getLogger(__name__)
+
+
+class Events:
+    """The callbacks of one run.
+
+    Attributes:
+        disabled: callback name → why it was switched off, for observers that failed.
+    """
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(RunEvents)
+        self._arguments = arguments(RunEvents)
+        self._callbacks: dict[str, Any] = {}
+        self.disabled: dict[str, str] = {}
+
+    @property
+    def callbacks(self) -> list[Any]:
+        """The callbacks that are called, in that order."""
+        return list(self._callbacks.values())
+
+    def add(self, callback: Any, name: str | None = None) -> None:
+        """Add a callback; it is called from the next event on, after those that were added before.
+
+        Args:
+            callback: an object with methods marked by ``rlx.hookimpl``, each taking any of its event's arguments.
+            name: for messages; default: its class.
+
+        Raises:
+            PluginError: for a misspelt event or argument, a method that lacks the mark, a class in the place of an
+                object, a callback without any event, and one that was added before.
+        """
+        shown = self._free_name(name or type(callback).__name__)
+        problems = check_hooks(self._manager, callback, RunEvents)
+        if isinstance(callback, type):
+            problems = [f"it is a class; add {callback.__name__}(…)"]
+        elif any(callback is other for other in self._callbacks.values()):
+            problems = ["it was added before"]
+        if problems:
+            raise PluginError(
+                f"callback {shown!r} cannot be used: {'; '.join(problems)}",
+                code="E-PLUGIN-HOOK",
+                where=origin(callback).strip(" ()"),
+            )
+        self._manager.register(callback, shown)
+        self._callbacks[shown] = callback
+
+    def remove(self, callback: Any) -> None:
+        """Remove a callback, by identity; it may be called for the event that is under way.
+
+        Raises:
+            ValueError: if it is not there.
+        """
+        for name, other in self._callbacks.items():
+            if other is callback:
+                del self._callbacks[name]
+                self._manager.unregister(name=name)
+                return
+        raise ValueError(f"{callback!r} is no callback of this run")
+
+    def emit(self, event: str, **given: Any) -> list[Any]:
+        """Tell every callback, in the order in which they were added.
+
+        Args:
+            event: a method of ``RunEvents``.
+            given: all of the event's arguments.
+
+        Returns:
+            What the callbacks returned, None left out.
+
+        Raises:
+            TypeError: if the event does not exist or an argument is missing or too many.
+            Exception: whatever a callback raises, with a note; an observer's failure only switches it off.
+        """
+        if set(given) != set(self._arguments.get(event, ())) or event not in self._arguments:
+            raise TypeError(
+                f"emit({event!r}, {', '.join(given)}): expected {self._arguments.get(event, 'another event')}"
+            )
+        results = []
+        for impl in _in_order(getattr(self._manager.hook, event), list(self._callbacks)):
+            try:
+                results.append(_call(impl, given))
+            except Exception as error:
+                # A callback need not inherit rlx.Callback, so `observer` may be absent.
+                note = f"callback {impl.plugin_name!r}{origin(impl.plugin)}, hook {event}, step {given['run'].step}"
+                if not getattr(impl.plugin, "observer", False):
+                    error.add_note(note)
+                    raise
+                self._switch_off(impl, error, note)
+        return [result for result in results if result is not None]
+
+    def _switch_off(self, impl: pluggy.HookImpl, error: Exception, note: str) -> None:
+        reason = f"{type(error).__name__}: {safe_text(error)} ({note})"
+        log.warning("%s was switched off; the run goes on: %s", impl.plugin_name, reason)
+        self.disabled[impl.plugin_name] = reason
+        if impl.plugin_name in self._callbacks:
+            self.remove(impl.plugin)
+
+    def _free_name(self, name: str) -> str:
+        taken = {*self._callbacks, *self.disabled}
+        numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+        return name if name not in taken else next(free for free in numbered if free not in taken)
+
+
+class Hooks:
+    """The global hooks of all plugins that are loaded."""
+
+    def rlx_validate(self, *, config: Any) -> None:
+        """Let every plugin look at the config; one that raises stops the run before any weight is loaded."""
+        self._all("rlx_validate", {"config": config}, lambda result: False)
+
+    def rlx_load_model(self, *, spec: Any) -> Any:
+        """The first model that a plugin has for the spec; None if no plugin has one."""
+        return self._all("rlx_load_model", {"spec": spec}, lambda result: result is not None)
+
+    def _all(self, hook: str, given: Mapping[str, Any], enough: Callable[[Any], bool]) -> Any:
+        plugins = registry().plugins()
+        for impl in _in_order(getattr(registry().manager.hook, hook), [plugin.name for plugin in plugins]):
+            try:
+                result = _call(impl, given)
+            except Exception as error:
+                seen = next(plugin for plugin in plugins if plugin.name == impl.plugin_name)
+                error.add_note(f"plugin {seen.name!r} ({seen.distribution} {seen.version}), hook {hook}")
+                raise
+            if enough(result):
+                return result
+        return None
+
+
+def global_hooks() -> Hooks:
+    """The global hooks: ``global_hooks().rlx_validate(config=…)``, ``.rlx_load_model(spec=…)``."""
+    return Hooks()
+
+
+def _in_order(hook: pluggy.HookCaller, names: list[str]) -> list[pluggy.HookImpl]:
+    """The implementations: ``tryfirst`` ones, plain ones, ``trylast`` ones, each in the order of names."""
+    return sorted(
+        hook.get_hookimpls(), key=lambda impl: (impl.trylast - impl.tryfirst, names.index(impl.plugin_name))
+    )
+
+
+def _call(impl: pluggy.HookImpl, given: Mapping[str, Any]) -> Any:
+    """The result of one implementation, called with the arguments that it asks for."""
+    return impl.function(**{name: given[name] for name in (*impl.argnames, *impl.kwargnames)})
