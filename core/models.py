@@ -1,0 +1,408 @@
+"""The policy and its tokenizer: loaded, checked and made ready to train; saved as a plain Hugging Face folder.
+
+Nothing here samples, scores or trains. A model or tokenizer object passed from Python is taken as it is, apart from
+dropout, gradient checkpointing and adapters, which the settings ask for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlx.core import adapters
+from rlx.core.errors import ConfigError, DivergedError
+from rlx.core.precision import DTYPES, upcast_norms
+from rlx.core.pretrained import Source, check_code, load_config, load_weights, restore_weights, translated
+from rlx.core.settings import Settings
+from rlx.core.text import safe_text
+from rlx.core.values import (
+    VALUE_HEAD_FILE,
+    ValueHead,
+    ValueModel,
+    load_head_beside,
+    load_value_head,
+    save_value_head,
+)
+
+# Tokens that models reserve for padding without declaring them, most telling first.
+PAD_LIKE = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|padding|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_0|>",
+)
+VALUE_MODEL_FOLDER = "value_model"
+_VALUE = "value."  # prefix of the value function's parameters in Policy.trainable
+
+
+class Policy:
+    """The model that is trained, its tokenizer and its value function.
+
+    Attributes:
+        model: a transformers causal language model, or peft's wrapper around one.
+        tokenizer: with a pad token.
+        value_head: a head on the policy's backbone; None without a value function, or with a separate one.
+        value_model: a separate value model; None otherwise.
+        stop_token_ids: end-of-sequence tokens of the tokenizer and of the generation config, sorted.
+        report: what was decided while loading, a line each.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        value_head: ValueHead | None = None,
+        value_model: ValueModel | None = None,
+        report: Sequence[str] = (),
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.value_head = value_head
+        self.value_model = value_model
+        self.stop_token_ids = stop_token_ids(model, tokenizer)
+        self.report = list(report)
+        self._declared: dict[str, Any] = {}  # config fields that were changed for training, as they were
+
+    @property
+    def base(self) -> Any:
+        """The transformers model, without peft's wrapper."""
+        return self.model.get_base_model() if adapters.is_adapted(self.model) else self.model
+
+    @property
+    def hidden_size(self) -> int:
+        """D, numbers of a hidden state."""
+        return int(self.base.config.get_text_config(decoder=True).hidden_size)
+
+    @property
+    def value(self) -> nn.Module | None:
+        """The value function's module, whichever it is."""
+        return self.value_head if self.value_head is not None else self.value_model
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Every parameter that is trained, by a name that stays the same; the value function's begin with ``value.``."""
+        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if self.value is not None:
+            own |= {_VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
+        return own
+
+    def without_dropout(self) -> None:
+        """Set every dropout probability of the model to zero; the saved config keeps what it declared."""
+        config = self.base.config.get_text_config(decoder=True)
+        for name, value in list(vars(config).items()):
+            if _is_dropout(name, value):
+                self._declare(config, name, 0.0)
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+            # Attention layers keep the probability of their functional dropout as a plain number.
+            for name, value in list(vars(module).items()):
+                if _is_dropout(name, value):
+                    setattr(module, name, 0.0)
+
+    def with_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass."""
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if adapters.is_adapted(self.model):
+            # Frozen embeddings give inputs without gradient; the first checkpointed layer needs one that has.
+            self.base.enable_input_require_grads()
+        self._declare(self.base.config.get_text_config(decoder=True), "use_cache", False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that ``from_pretrained`` reads: weights as they train, tokenizer, value function beside them.
+
+        Raises:
+            DivergedError: a trained weight is NaN or infinite; nothing was written.
+        """
+        self.check_finite()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.base.config.get_text_config(decoder=True)
+        changed = {name: getattr(config, name) for name in self._declared}
+        for name, value in self._declared.items():
+            setattr(config, name, value)
+        try:
+            if adapters.is_adapted(self.model):
+                adapters.save_adapter(self.model, folder)
+                self.base.generation_config.save_pretrained(str(folder))
+            else:
+                self.model.save_pretrained(str(folder))
+        finally:
+            for name, value in changed.items():
+                setattr(config, name, value)
+        self.tokenizer.save_pretrained(str(folder))
+        if self.value_head is not None:
+            save_value_head(self.value_head, folder)
+        if self.value_model is not None:
+            self.value_model.save_pretrained(folder / VALUE_MODEL_FOLDER)
+
+    def check_finite(self) -> None:
+        """Refuse to go on with trained weights that are NaN or infinite.
+
+        Raises:
+            DivergedError: with the first such parameter's name.
+        """
+        for name, parameter in self.trainable().items():
+            if not bool(torch.isfinite(parameter).all()):
+                raise DivergedError(
+                    f"the trained weight {name!r} is not finite; it is not saved",
+                    code="E-NONFINITE-WEIGHT",
+                    hint="resume from an older checkpoint, with a lower learning_rate",
+                )
+
+    def load_trainable(self, folder: str | Path) -> None:
+        """Take back, bit for bit, every trained weight that ``save_pretrained`` wrote.
+
+        Raises:
+            ConfigError: a weight is missing in the folder or has another shape.
+        """
+        folder = Path(folder)
+        if adapters.is_adapted(self.model):
+            adapters.restore_adapter(self.model, folder)
+        else:
+            restore_weights(self.model, folder)
+        if self.value_head is not None:
+            load_value_head(self.value_head, folder / VALUE_HEAD_FILE)
+        if self.value_model is not None:
+            self.value_model.restore(folder / VALUE_MODEL_FOLDER)
+
+    def _declare(self, config: Any, name: str, value: Any) -> None:
+        self._declared.setdefault(name, getattr(config, name))
+        setattr(config, name, value)
+
+
+def load_tokenizer(
+    settings: Settings, *, stop_token_ids: Sequence[int] = (), report: list[str] | None = None
+) -> Any:
+    """The policy's tokenizer, with a pad token.
+
+    A missing pad token is chosen among the tokens that exist, so that nothing is resized: a token reserved for
+    padding (``PAD_LIKE``), else the unknown token, else EOS. Masks come from lengths, so EOS as pad costs nothing.
+
+    Args:
+        settings: model, tokenizer, model_revision, trust_remote_code, stop_strings.
+        stop_token_ids: tokens that the algorithm ends completions with.
+        report: gets a line for each decision.
+
+    Raises:
+        ConfigError: not to be found, code without consent, no EOS and nothing else that ends a completion.
+    """
+    from transformers import AutoTokenizer
+
+    source = Source.of(
+        settings.tokenizer or settings.model,
+        role="tokenizer" if settings.tokenizer else "model",
+        revision=None if settings.tokenizer else settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    source.check_exists()
+    if source.folder is not None:
+        check_code(source, source.folder / "tokenizer_config.json")
+        check_code(source, source.folder / "config.json")
+    with translated(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
+    return ready_tokenizer(tokenizer, can_stop=bool(settings.stop_strings or stop_token_ids), report=report)
+
+
+def ready_tokenizer(tokenizer: Any, *, can_stop: bool = False, report: list[str] | None = None) -> Any:
+    """A tokenizer with a pad token, after checking that completions can end.
+
+    Args:
+        tokenizer: gets a pad token where it has none.
+        can_stop: something other than EOS ends a completion.
+        report: gets a line for each decision.
+
+    Raises:
+        ConfigError: no EOS token and nothing else that ends a completion.
+    """
+    lines = report if report is not None else []
+    if tokenizer.eos_token_id is None and not can_stop:
+        raise ConfigError(
+            "the tokenizer has no end-of-sequence token, so completions could not end",
+            code="E-TOKENIZER-EOS",
+            where=safe_text(tokenizer.name_or_path, 120),
+            hint="set eos_token in tokenizer_config.json, or give --stop-strings or --stop-token-id",
+        )
+    if tokenizer.pad_token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        found = [token for token in PAD_LIKE if token in vocabulary]
+        chosen = next(
+            (token for token in (*found, tokenizer.unk_token, tokenizer.eos_token) if token is not None), None
+        )
+        if chosen is None:
+            chosen = tokenizer.convert_ids_to_tokens(0)  # any token does: padding is masked by length
+        tokenizer.pad_token = chosen
+        lines.append(
+            f"pad token: {safe_text(chosen, 40)} ({tokenizer.pad_token_id}), chosen: the tokenizer has none"
+        )
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        lines.append(
+            "pad token is the EOS token: EOS is trained and scored all the same, masks come from lengths"
+        )
+    return tokenizer
+
+
+def load_policy(
+    settings: Settings,
+    accelerator: Any = None,
+    tokenizer: Any = None,
+    model: Any = None,
+    *,
+    values: bool = False,
+) -> Policy:
+    """The policy, ready to train on the accelerator's device.
+
+    Args:
+        settings: the options of the panels Model and LoRA.
+        accelerator: an ``accelerate.Accelerator``; None means CPU.
+        tokenizer: an object to use instead of the one that the settings name.
+        model: a model object to use instead of the one that the settings name; taken as it is, also its dtype.
+        values: whether the algorithm needs a value function.
+
+    Raises:
+        ConfigError: the model, tokenizer or adapter cannot be used as asked.
+        DivergedError: a weight is not finite.
+    """
+    report: list[str] = []
+    device = torch.device("cpu") if accelerator is None else accelerator.device
+    dtype = resolve_dtype(settings, device)
+    tokenizer = _tokenizer_for(settings, tokenizer, model, report)
+    if model is None:
+        model = _load_model(settings, dtype)
+    check_vocabulary(model, tokenizer)
+    model.to(device)
+    policy = Policy(_adapted(settings, model), tokenizer, report=report)
+    if settings.disable_dropout:
+        policy.without_dropout()
+    if settings.lora_r and settings.lora_dropout:
+        adapters.set_dropout(policy.model, settings.lora_dropout)
+    if settings.upcast_norms:
+        upcast_norms(policy.model)
+    if settings.gradient_checkpointing:
+        policy.with_gradient_checkpointing()
+    if not policy.trainable():
+        raise ConfigError(
+            "the model has 0 trainable parameters",
+            code="E-MODEL-FROZEN",
+            hint="set requires_grad on some weights, or train an adapter with --lora-r 16",
+        )
+    if values:
+        _add_values(policy, settings, device, dtype)
+    return policy
+
+
+def resolve_dtype(settings: Settings, device: torch.device) -> torch.dtype:
+    """The type that ``dtype`` means on a device.
+
+    Raises:
+        ConfigError: float16 on a CPU, for weights, sampling or autocast.
+    """
+    if device.type == "cpu":
+        half = [
+            option
+            for option, value in (("dtype", settings.dtype), ("generation_dtype", settings.generation_dtype))
+            if value == "float16"
+        ] + ["mixed_precision"] * (settings.mixed_precision == "fp16")
+        if half:
+            raise ConfigError(
+                f"{half[0]}: float16 does not train on a CPU",
+                code="E-DTYPE",
+                got=f"device {device}",
+                expected="float32 or bfloat16",
+                hint=f"--{half[0].replace('_', '-')} "
+                + ("bf16" if half[0] == "mixed_precision" else "bfloat16"),
+            )
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[settings.dtype]
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """End-of-sequence tokens of the tokenizer and of the model's generation config, sorted."""
+    base = model.get_base_model() if adapters.is_adapted(model) else model
+    declared = base.generation_config.eos_token_id if base.can_generate() else None
+    several = declared if isinstance(declared, list | tuple) else [declared]
+    return tuple(sorted({int(i) for i in (tokenizer.eos_token_id, *several) if i is not None}))
+
+
+def _tokenizer_for(settings: Settings, tokenizer: Any, model: Any, report: list[str]) -> Any:
+    if tokenizer is not None:
+        return ready_tokenizer(tokenizer, can_stop=True, report=report)
+    if model is None or settings.tokenizer:
+        return load_tokenizer(settings, report=report)
+    if not model.name_or_path:
+        raise ConfigError(
+            "a model object without a name came without a tokenizer",
+            code="E-TOKENIZER-MISSING",
+            hint="pass tokenizer= beside model=",
+        )
+    from dataclasses import replace
+
+    return load_tokenizer(replace(settings, tokenizer=model.name_or_path), report=report)
+
+
+def _load_model(settings: Settings, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    source = Source.of(
+        settings.model,
+        role="model",
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    arguments = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
+    return load_weights(source, AutoModelForCausalLM, load_config(source), dtype=dtype, **arguments)
+
+
+def _adapted(settings: Settings, model: Any) -> Any:
+    if settings.adapter:
+        return adapters.load_adapter(model, settings.adapter)
+    if settings.lora_r:
+        return adapters.add_lora(
+            model,
+            rank=settings.lora_r,
+            alpha=settings.lora_alpha,
+            target_modules=settings.lora_target_modules,
+        )
+    return model
+
+
+def _add_values(policy: Policy, settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
+    if settings.value_model is None:
+        head = ValueHead(policy.hidden_size)
+        origin = load_head_beside(head, Path(settings.adapter)) if settings.adapter else "zeros"
+        if origin == "zeros":
+            origin = load_head_beside(head, Source.of(settings.model, role="model").folder)
+        policy.value_head = head.to(device)
+        policy.report.append(f"value head: from {origin}")
+        return
+    source = Source.of(settings.value_model, role="value_model", trust_remote_code=settings.trust_remote_code)
+    policy.value_model = ValueModel.load(source, dtype=dtype, report=policy.report).to(device)
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Every token that the tokenizer can produce has a row in the embedding.
+
+    Raises:
+        ConfigError: naming the token with the highest number.
+    """
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= rows:
+        raise ConfigError(
+            "the tokenizer knows tokens that the model does not",
+            code="E-TOKENIZER-VOCABULARY",
+            got=f"token {safe_text(token, 40)!r} id {number} ≥ {rows}",
+            expected=f"ids below {rows}, the rows of the model's embedding",
+            hint="use the tokenizer that came with the model, or resize and train its embedding first",
+        )
+
+
+def _is_dropout(name: str, value: object) -> bool:
+    return isinstance(value, float) and value > 0 and ("dropout" in name or name.endswith("pdrop"))

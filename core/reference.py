@@ -1,0 +1,161 @@
+"""The reference: the model that the policy is kept close to, or is compared with.
+
+Four kinds give the same numbers: the policy with its adapter off, a frozen adapter on the policy's base, a frozen copy,
+or another model. None is ever trained, and using one leaves the policy as it was, whatever happens meanwhile.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlx.core import adapters
+from rlx.core.errors import ConfigError
+from rlx.core.models import Policy, check_vocabulary, resolve_dtype
+from rlx.core.pretrained import Source, load_config, load_weights
+from rlx.core.settings import Settings
+
+REFERENCE = "reference"  # name of the frozen adapter
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen model behind a context manager.
+
+    Attributes:
+        kind: ``adapter off``, ``adapter``, ``copy`` or ``model``.
+        model: the module to call; the policy's own one for the first two kinds.
+    """
+
+    kind: str
+    model: Any
+
+    @contextmanager
+    def active(self) -> Iterator[nn.Module]:
+        """Within it the yielded module is the reference, in eval mode and without gradients."""
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                if self.kind in ("copy", "model"):
+                    yield self.model
+                else:
+                    with adapters.adapter_switched(self.model, REFERENCE if self.kind == "adapter" else None):
+                        yield self.model
+        finally:
+            for module in training:
+                module.training = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint must keep: the frozen adapter. The other kinds follow from the settings."""
+        if self.kind != "adapter":
+            return {}
+        return {name: tensor.detach().clone() for name, tensor in self._adapter().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what ``state_dict`` gave.
+
+        Raises:
+            ConfigError: if it is for a reference of another kind or shape.
+        """
+        own = self._adapter() if self.kind == "adapter" else {}
+        adapters.fill({name: parameter.data for name, parameter in own.items()}, state, where="reference")
+
+    def fingerprint(self) -> str:
+        """Sha256 of the reference's weights as they are now; reads all of them."""
+        parts: Mapping[str, Tensor] = dict(self.model.named_parameters())
+        if self.kind in ("adapter off", "adapter"):
+            # The policy's own adapter is trained, so it is no part of the reference.
+            trained = adapters.adapter_parameters(self.model, self.model.active_adapter)
+            parts = {name: tensor for name, tensor in parts.items() if name not in trained}
+        digest = hashlib.sha256()
+        for name, tensor in sorted(parts.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _adapter(self) -> dict[str, nn.Parameter]:
+        return adapters.adapter_parameters(self.model, REFERENCE)
+
+
+def build_reference(
+    settings: Settings, policy: Policy, accelerator: Any = None, model: Any = None
+) -> Reference:
+    """The reference that the settings name; without one, the policy as it is at this moment.
+
+    Args:
+        settings: reference_model, reference_adapter and how the policy was loaded.
+        policy: before its first update. A frozen adapter may be added to it; what it computes stays.
+        accelerator: gives the device; None means CPU.
+        model: a model object to use as it is; it gets frozen.
+
+    Raises:
+        ConfigError: it cannot be loaded, has another vocabulary, or is the policy itself.
+    """
+    device = torch.device("cpu") if accelerator is None else accelerator.device
+    if model is not None:
+        return _given(model, policy, device)
+    if settings.reference_model:
+        return _named(settings, settings.reference_model, policy, device)
+    if settings.reference_adapter:
+        return _adapter(settings.reference_adapter, policy)
+    if not adapters.is_adapted(policy.model):
+        return Reference("copy", _frozen(copy.deepcopy(policy.model)))
+    if adapters.is_identity(policy.model):
+        return Reference("adapter off", policy.model)
+    adapters.snapshot(policy.model, REFERENCE)
+    return Reference("adapter", policy.model)
+
+
+def _given(model: Any, policy: Policy, device: torch.device) -> Reference:
+    theirs = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
+    shared = [name for name, p in policy.trainable().items() if p.numel() and p.data_ptr() in theirs]
+    if shared:
+        raise ConfigError(
+            "the reference shares weights with the policy, so it would be trained along",
+            code="E-REFERENCE",
+            got=f"{len(shared)} shared weights, first {shared[0]!r}",
+            hint="leave the reference out (a frozen copy is made), or pass copy.deepcopy(model)",
+        )
+    check_vocabulary(model, policy.tokenizer)
+    return Reference("model", _frozen(model.to(device)))
+
+
+def _named(settings: Settings, name: str, policy: Policy, device: torch.device) -> Reference:
+    from transformers import AutoModelForCausalLM
+
+    source = Source.of(name, role="reference_model", trust_remote_code=settings.trust_remote_code)
+    arguments = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
+    model = load_weights(
+        source, AutoModelForCausalLM, load_config(source), dtype=resolve_dtype(settings, device), **arguments
+    )
+    check_vocabulary(model, policy.tokenizer)
+    return Reference("model", _frozen(model.to(device)))
+
+
+def _adapter(folder: str, policy: Policy) -> Reference:
+    if not adapters.is_adapted(policy.model):
+        raise ConfigError(
+            "reference_adapter needs a policy that is trained with LoRA",
+            code="E-REFERENCE",
+            hint="add --lora-r or --adapter, or name a whole model with --reference-model",
+        )
+    adapters.load_adapter(policy.model, Path(folder), name=REFERENCE, trainable=False)
+    adapters.set_dropout(policy.model, 0.0, name=REFERENCE)
+    return Reference("adapter", policy.model)
+
+
+def _frozen(model: Any) -> Any:
+    """The model, never to be trained: no gradients, no dropout, no recomputation."""
+    if model.is_gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.requires_grad_(False)
+    return model.eval()
