@@ -1,4 +1,4 @@
-"""The built-in components, offered through the same door as anybody's. Strings only: nothing is imported here."""
+"""The built-in components, offered through the same door as anybody's. Strings: nothing is imported here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Find plugins: entry points of the group ``rlx.v1``, one by one, each failing for itself.
 
-Not pluggy's own loop: that one stops at the first failure, passes over duplicates in silence, and follows the order of
-the file system. The group carries the API's major version, so a plugin for another one is seen without importing it.
+Not pluggy's own loop: that one stops at the first failure, passes over duplicates in silence, and follows the
+order of the file system. The group carries the API's major version, so a plugin for another one is seen
+without importing it.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def load_builtins(registry: Registry) -> None:
 
 
 def load_plugins(registry: Registry, blocked: Collection[str]) -> None:
-    """Add every installed plugin to a registry, in alphabetical order; one that fails is recorded in ``broken``.
+    """Add every installed plugin to a registry, in alphabetical order; one that fails goes into ``broken``.
 
     Args:
         registry: one with the built-ins.
@@ -107,7 +108,7 @@ def admit(registry: Registry, found: object, name: str) -> None:
         PluginError: for a misspelt hook or argument, or a plugin without any hook.
         Exception: whatever its ``rlx_register`` raises.
     """
-    problems = check_hooks(registry.manager, found, GlobalHooks)
+    problems = check_hooks(found, GlobalHooks)
     if problems:
         raise PluginError("; ".join(problems), code="E-PLUGIN-HOOK")
     try:

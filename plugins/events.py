@@ -1,8 +1,8 @@
 """Calling hooks: the events of one run, and the global hooks. A failure names plugin, hook and step.
 
-pluggy checks and keeps the implementations; the calls are made here, because pluggy calls the last registered first
-and one failure ends the call, where callbacks run in the order in which they were added and an observer's failure
-ends nothing but the observer.
+pluggy checks and keeps the implementations; the calls are made here, because pluggy calls the last registered
+first and one failure ends the call, where callbacks run in the order in which they were added and an
+observer's failure ends nothing but the observer.
 """
 
 from __future__ import annotations
@@ -45,15 +45,16 @@ class Events:
         """Add a callback; it is called from the next event on, after those that were added before.
 
         Args:
-            callback: an object with methods marked by ``rlx.hookimpl``, each taking any of its event's arguments.
+            callback: an object with methods marked by ``rlx.hookimpl``, each taking any of its event's
+                arguments.
             name: for messages; default: its class.
 
         Raises:
-            PluginError: for a misspelt event or argument, a method that lacks the mark, a class in the place of an
-                object, a callback without any event, and one that was added before.
+            PluginError: for a misspelt event or argument, a method that lacks the mark, a class in the place
+                of an object, a callback without any event, and one that was added before.
         """
         shown = self._free_name(name or type(callback).__name__)
-        problems = check_hooks(self._manager, callback, RunEvents)
+        problems = check_hooks(callback, RunEvents)
         if isinstance(callback, type):
             problems = [f"it is a class; add {callback.__name__}(…)"]
         elif any(callback is other for other in self._callbacks.values()):
@@ -62,7 +63,7 @@ class Events:
             raise PluginError(
                 f"callback {shown!r} cannot be used: {'; '.join(problems)}",
                 code="E-PLUGIN-HOOK",
-                where=origin(callback).strip(" ()"),
+                where=origin(callback),
             )
         self._manager.register(callback, shown)
         self._callbacks[shown] = callback
@@ -104,7 +105,8 @@ class Events:
                 results.append(_call(impl, given))
             except Exception as error:
                 # A callback need not inherit rlx.Callback, so `observer` may be absent.
-                note = f"callback {impl.plugin_name!r}{origin(impl.plugin)}, hook {event}, step {given['run'].step}"
+                shown = f"callback {impl.plugin_name!r} of {origin(impl.plugin)}"
+                note = f"{shown}, hook {event}, step {given['run'].step}"
                 if not getattr(impl.plugin, "observer", False):
                     error.add_note(note)
                     raise

@@ -1,4 +1,4 @@
-"""The hooks: moments at which plugins act. Global ones for every plugin, run events for the callbacks of one run."""
+"""The hooks, moments at which plugins act: global ones for every plugin, events for callbacks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ PROJECT = "rlx"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+_READER = pluggy.PluginManager(PROJECT)  # reads marks; nothing is registered with it
 
 
 class GlobalHooks:
@@ -27,8 +28,8 @@ class GlobalHooks:
     def rlx_register(self, registry: Registry) -> None:
         """Offer components: ``registry.add(kind, name, "pkg.mod:Attribute", "summary")``.
 
-        Called once when the plugin is discovered, also for ``rlx --help``: free of side effects, and it must not
-        import the training stack.
+        Called once when the plugin is discovered, also for ``rlx --help``: free of side effects, and it must
+        not import the training stack.
         """
 
     @hookspec
@@ -49,7 +50,7 @@ class GlobalHooks:
 
 
 class RunEvents:
-    """Events of one run, in the order in which they first happen. A callback implements any subset of them."""
+    """Events of one run; a callback implements any subset of them."""
 
     @hookspec
     def on_run_start(self, run: Any) -> None:
@@ -61,11 +62,11 @@ class RunEvents:
 
     @hookspec
     def on_loss(self, run: Any, batch: Any, loss: Any) -> None:
-        """The loss of one micro-batch was computed; its backward pass has not begun."""
+        """A mini-batch was gone through; ``loss`` is its loss over all processes, a float."""
 
     @hookspec
     def on_step_end(self, run: Any, metrics: dict[str, float]) -> None:
-        """One batch was trained on; ``metrics`` are its numbers on this process."""
+        """One batch was trained on; ``metrics`` is the log line of this step, empty if it writes none."""
 
     @hookspec
     def on_log(self, run: Any, metrics: dict[str, float]) -> None:
@@ -97,20 +98,19 @@ def arguments(specs: type) -> dict[str, tuple[str, ...]]:
     }
 
 
-def check_hooks(manager: pluggy.PluginManager, plugin: object, specs: type) -> list[str]:
+def check_hooks(plugin: object, specs: type) -> list[str]:
     """What keeps a plugin's hook implementations from being called, a sentence a problem.
 
-    Found here are a misspelt hook, an argument that the hook does not have, a hook's name without ``@rlx.hookimpl``,
-    and a plugin without any hook: pluggy passes over the last two in silence.
+    Found here are a misspelt hook, an argument that the hook does not have, a hook's name without
+    ``@rlx.hookimpl``, and a plugin without any hook: pluggy passes over the last two in silence.
 
     Args:
-        manager: the manager that the plugin is about to be registered with.
-        plugin: a module or an object.
+        plugin: a module, an object, or the class of one.
         specs: ``GlobalHooks`` or ``RunEvents``.
     """
     known, problems, implemented = arguments(specs), [], 0
     for name in dir(plugin):
-        marked = manager.parse_hookimpl_opts(plugin, name)
+        marked = _READER.parse_hookimpl_opts(plugin, name)
         if marked is None:
             if name in known:
                 problems.append(f"{name} is not marked; write @rlx.hookimpl above it")
@@ -122,7 +122,8 @@ def check_hooks(manager: pluggy.PluginManager, plugin: object, specs: type) -> l
             continue
         if marked.get("wrapper") or marked.get("hookwrapper"):
             problems.append(f"{name} is a wrapper; hooks of rlx are not wrapped")
-        for parameter in inspect.signature(getattr(plugin, name)).parameters.values():
+        parameters = list(inspect.signature(getattr(plugin, name)).parameters.values())
+        for parameter in parameters[isinstance(plugin, type) :]:  # a class's method begins with self
             if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
                 problems.append(
                     f"{name} takes {parameter}; name the arguments it wants: {', '.join(known[hook])}"

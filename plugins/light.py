@@ -1,11 +1,12 @@
 """Import a component's module to read its options, without paying for torch.
 
-``with deferred("torch"):`` puts a finder before Python's own ones. It answers ``import torch`` with a proxy that
-imports the real module when an attribute of it is first asked for. A module that only mentions torch inside functions
-and annotations thus imports in milliseconds, and works as ever once its functions are called.
+``with deferred("torch"):`` puts a finder before Python's own ones. It answers ``import torch`` with a proxy
+that imports the real module when an attribute of it is first asked for. A module that only mentions torch
+inside functions and annotations thus imports in milliseconds, and works as ever once its functions are
+called.
 
-A class statement like ``class Head(torch.nn.Module)`` or ``from torch import Tensor`` asks for an attribute at once:
-that works, and costs the real import.
+A class statement like ``class Head(torch.nn.Module)`` or ``from torch import Tensor`` asks for an attribute
+at once: that works, and costs the real import.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any
 
 HEAVY = ("torch", "transformers", "accelerate", "peft", "datasets")
 
-# ``from package import name`` binds a submodule or an attribute, and only importing tells which. Packages (folders)
-# are taken for submodules; of single files only this one, because files such as torch/nn/utils/weight_norm.py are
-# hidden behind a function of the same name.
+# ``from package import name`` binds a submodule or an attribute, and only importing tells which. Packages
+# (folders) are taken for submodules; of single files only this one, because files such as
+# torch/nn/utils/weight_norm.py are hidden behind a function of the same name.
 SINGLE_FILES = frozenset({"torch.nn.functional"})
 
 
@@ -51,7 +52,7 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Where a proxy comes from: this loader, if the real module exists and its package is not imported."""
+        """Where a proxy comes from: this loader, if the module exists and its package is not imported."""
         root = name.partition(".")[0]
         if root not in self.names or (root in sys.modules and not isinstance(sys.modules[root], Proxy)):
             return None
@@ -70,7 +71,7 @@ class _Finder:
         """Nothing: that is the point."""
 
     def stands_in(self, submodule: str) -> bool:
-        """Whether ``from package import submodule`` may get a proxy too: only inside the block, only for packages."""
+        """Whether ``from package import submodule`` gives a proxy too: in the block, for packages."""
         parent = sys.modules.get(submodule.rpartition(".")[0])
         if self not in sys.meta_path or not isinstance(parent, Proxy):
             return False
@@ -112,8 +113,8 @@ class _Finder:
 def deferred(*names: str) -> Iterator[None]:
     """Within the block, importing one of the named top-level modules, or a submodule, gives a proxy.
 
-    Nothing changes for a module that is imported already. On leaving, no proxy is left in ``sys.modules``; those that
-    other modules hold go on working.
+    Nothing changes for a module that is imported already. On leaving, no proxy is left in ``sys.modules``;
+    those that other modules hold go on working.
 
     Args:
         names: top-level modules, for example ``torch``; default ``HEAVY``.

@@ -1,7 +1,7 @@
-"""Load a component from ``pkg.mod:Attribute`` or ``file.py:Attribute``, and check that it is what its kind asks for.
+"""Load a component from ``pkg.mod:Attribute`` or ``file.py:Attribute``, and check that it is usable.
 
-A failure says which part failed: the module, the attribute, or the member that is missing. Modules are imported with
-the heavy libraries deferred, so that reading a component's options never waits for torch.
+A failure says which part failed: the module, the attribute, or the member that is missing. Modules are
+imported with the heavy libraries deferred, so that reading a component's options never waits for torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rlx.core.errors import ConfigError, PluginError, RlxError
 from rlx.core.options import close
 from rlx.core.text import safe_text
 from rlx.plugins import contract
+from rlx.plugins.hookspecs import RunEvents, check_hooks
 from rlx.plugins.light import deferred
 
 # What the loop calls or reads, for a class that does not inherit rlx's base of its kind.
@@ -32,16 +33,13 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "judge": ("judge",),
     "dataset": ("rows",),
 }
-# What a base leaves to its subclasses: inheriting it is not enough.
-OWN: dict[str, tuple[type, str]] = {
-    "algorithm": (contract.Algorithm, "loss"),
-    "reward": (contract.Reward, "__call__"),
-    "transform": (contract.Transform, "__call__"),
-}
+# What the bases and protocols of rlx only hold a place for: inheriting it is not enough.
+OPEN = ("__call__", "loss", "generate", "sync", "close", "judge", "rows")
+EATS = ("prompts", "pairs", "labeled", "demonstrations")
 
 
 def load(target: str) -> Any:
-    """The object behind ``pkg.mod:Attribute`` or ``path/file.py:Attribute``; dots in Attribute go into classes.
+    """The object behind ``pkg.mod:Attribute`` or ``path/file.py:Attribute``, where Attribute may have dots.
 
     Raises:
         ConfigError: if the text is no such reference.
@@ -88,7 +86,8 @@ def load_module(name: str, target: str = "") -> ModuleType:
         file = Path(*name.split(".")).with_suffix(".py")
         hint = f"install the package that has it, or name a file: ./{file}:Attribute"
         if file.is_file():
-            hint = f"the current folder is not searched for modules; write ./{file}:{target.rpartition(':')[2] or 'Attribute'}"
+            attribute = target.rpartition(":")[2] or "Attribute"
+            hint = f"the current folder is not searched for modules; write ./{file}:{attribute}"
         raise PluginError(
             f"there is no module {error.name!r}",
             code="E-PLUGIN-MODULE",
@@ -156,28 +155,16 @@ def check(kind: str, component: Any, shown: str) -> Any:
         shown: how the user referred to it.
 
     Raises:
-        PluginError: naming the member that is missing.
+        PluginError: naming the member that is missing, or what is wrong with one.
     """
-    where = f"{shown} ({source(component)})" if source(component) else shown
-    owner = component if isinstance(component, type) else type(component)
+    where = f"{kind} {shown} ({source(component)})" if source(component) else f"{kind} {shown}"
     if inspect.ismodule(component):
         raise PluginError(
             f"{shown!r} is a module, not a {kind}",
             code="E-PLUGIN-PROTOCOL",
-            where=where,
             hint=f"name the {kind} in it: {component.__name__}:Attribute",
         )
-    missing = [name for name in MEMBERS[kind] if not _has(owner, name)]
-    base, own = OWN.get(kind, (object, ""))
-    if (
-        own
-        and own not in missing
-        and any(own in vars(c) for c in owner.__mro__ if c is base)
-        and _inherits(owner, base, own)
-    ):
-        missing.append(own)
-    if inspect.isroutine(component):
-        missing = [] if kind == "reward" else [name for name in MEMBERS[kind] if name != "__call__"]
+    missing = [name for name in MEMBERS[kind] if not _has(component, name)]
     if missing:
         raise PluginError(
             f"{shown!r} is no {kind}: it lacks {', '.join(missing)}",
@@ -186,14 +173,12 @@ def check(kind: str, component: Any, shown: str) -> Any:
             got=_what(component),
             expected=f"the members of rlx.{kind.capitalize()}: {', '.join(MEMBERS[kind])}",
         )
-    eats = getattr(component, "eats", None)
-    if kind == "algorithm" and eats not in ("prompts", "pairs", "labeled", "demonstrations"):
+    problems = check_hooks(component, RunEvents) if kind == "callback" else []
+    if kind == "algorithm" and component.eats not in EATS:
+        problems = [f"it eats {component.eats!r}, which is none of {', '.join(EATS)}"]
+    if problems:
         raise PluginError(
-            f"algorithm {shown!r} eats something unknown",
-            code="E-PLUGIN-PROTOCOL",
-            where=where,
-            got=f"eats = {eats!r}",
-            expected="prompts, pairs, labeled or demonstrations",
+            f"{shown!r} cannot be used: {'; '.join(problems)}", code="E-PLUGIN-PROTOCOL", where=where
         )
     return component
 
@@ -207,20 +192,22 @@ def source(component: Any) -> str:
         return ""
 
 
-def _has(owner: type, name: str) -> bool:
-    return any(name in vars(base) for base in owner.__mro__)
-
-
-def _inherits(owner: type, base: type, name: str) -> bool:
-    return next(c for c in owner.__mro__ if name in vars(c)) is base
+def _has(component: Any, name: str) -> bool:
+    """Whether the component itself has the member; ``dir`` leaves out what a class has from its metaclass."""
+    if inspect.isroutine(component) or name not in dir(component):
+        return inspect.isroutine(component) and name == "__call__"
+    bases = component.__mro__ if isinstance(component, type) else type(component).__mro__
+    home = next((base for base in bases if name in vars(base)), None)
+    return not (name in OPEN and home is not None and home.__module__ == contract.__name__)
 
 
 def _what(component: Any) -> str:
-    if isinstance(component, type):
-        return f"a class with {', '.join(n for n in vars(component) if not n.startswith('__')) or 'nothing in it'}"
-    return (
-        "a function" if inspect.isroutine(component) else f"an object of type {type(component).__qualname__}"
-    )
+    if inspect.isroutine(component):
+        return "a function"
+    if not isinstance(component, type):
+        return f"an object of type {type(component).__qualname__}"
+    own = [name for name in vars(component) if not name.startswith("__") or name == "__call__"]
+    return f"a class with {', '.join(own) or 'no members of its own'}"
 
 
 def _defined(module: ModuleType, names: list[str]) -> str:

@@ -1,7 +1,7 @@
 """One grammar for every reference to a component, on the command line, in YAML and in Python.
 
-``dpo`` is a registered name, ``rlx-grpo/dpo`` the one of a certain plugin, ``my_pkg.rewards:MyReward`` any importable
-attribute, ``./rewards.py:MyReward`` an attribute of a file; in Python also the object itself.
+``dpo`` is a registered name, ``rlx-grpo/dpo`` the one of a certain plugin, ``my_pkg.rewards:MyReward`` any
+importable attribute, ``./rewards.py:MyReward`` an attribute of a file; in Python also the object itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def resolve(kind: str, ref: Any) -> Any:
         ref: a reference, or the component itself.
 
     Raises:
-        ConfigError: for a name that is unknown or offered by several plugins, and for text that is no reference.
-        PluginError: for a module, file or attribute that is missing, a module that fails while it is imported, and a
-            component that lacks what its kind asks for.
+        ConfigError: for a name that is unknown or offered by several plugins, and for text that is no
+            reference.
+        PluginError: for a module, file or attribute that is missing, a module that fails while it is
+            imported, and a component that lacks what its kind asks for.
     """
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
@@ -52,8 +53,8 @@ def make(
 ) -> Any:
     """The component, built with its options.
 
-    A class with a Config is called with it, a class without one with the options as keywords; a function or an
-    instance is what it is and takes none.
+    A class with a Config is called with it, a class without one with the options as keywords; a function or
+    an instance is what it is and takes none.
 
     Args:
         kind: one of ``algorithm, reward, transform, callback, generator, judge, dataset``.
@@ -82,7 +83,7 @@ def make(
         return component(**given)
     except Exception as error:
         if not isinstance(error, ConfigError):
-            error.add_note(f"while {owner} was built{origin(component)}")
+            error.add_note(f"while {owner} was built, of {origin(component)}")
         raise
 
 
@@ -98,13 +99,14 @@ def describe(kind: str, ref: Any) -> str:
 
 
 def origin(component: Any) -> str:
-    """`` (plugin, distribution and version)`` of a registered component, `` (file:line)`` of any other; for notes."""
+    """Who a component belongs to, for messages: its plugin and distribution, or else its file and line."""
     owner = component if hasattr(component, "__qualname__") else type(component)
+    target = f"{owner.__module__}:{owner.__qualname__}"
     for entry in registry().list():
-        if entry.target is owner or entry.target == f"{owner.__module__}:{owner.__qualname__}":
-            return f" (plugin {entry.plugin}{f', {entry.distribution} {entry.version}' if entry.distribution else ''})"
-    source = loading.source(component)
-    return f" ({source})" if source else ""
+        if entry.target in (owner, component) or entry.target == target:
+            distribution = f" ({entry.distribution} {entry.version})" if entry.distribution else ""
+            return f"plugin {entry.plugin!r}{distribution}"
+    return loading.source(component) or target
 
 
 def _check_keywords(component: type, given: Mapping[str, Any], owner: str, where: Mapping[str, str]) -> None:

@@ -1,7 +1,7 @@
 """The registry: which component a name stands for, and who offers it.
 
-Components are strings ``"pkg.mod:Attribute"``, imported on first use, or objects. Two plugins may offer one name; it is
-an error when the name is used, and ``plugin/name`` says which one is meant.
+Components are strings ``"pkg.mod:Attribute"``, imported on first use, or objects. Two plugins may offer one
+name; it is an error when the name is used, and ``plugin/name`` says which one is meant.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ class Registry:
             summary: one line for ``rlx plugins``.
 
         Raises:
-            PluginError: for an unknown kind, an unfit name or target, or a name that the same plugin gave before.
+            PluginError: for an unknown kind, an unfit name or target, or a name that the same plugin gave
+                before.
         """
         where = f"registry.add({kind!r}, {name!r}, …)"
         if kind not in KINDS:
@@ -253,11 +254,11 @@ def registry() -> Registry:
 
 
 def discover(*, no_plugins: Iterable[str] = (), strict: bool = False) -> Registry:
-    """Look for plugins anew and make the result the registry of this process; ``rlx.register`` entries are kept.
+    """Look for plugins anew, for the registry of this process; entries of ``rlx.register`` are kept.
 
     Args:
-        no_plugins: plugins, by name or distribution, that are not even imported; ``*`` for all but the built-ins. The
-            environment variable ``RLX_NO_PLUGINS=a,b`` adds to them.
+        no_plugins: plugins, by name or distribution, that are not even imported; ``*`` for all but the
+            built-ins. The environment variable ``RLX_NO_PLUGINS=a,b`` adds to them.
         strict: a plugin that fails to load is an error.
 
     Raises:
@@ -304,7 +305,7 @@ def using(fresh: Registry) -> Iterator[Registry]:
 
 
 def register(kind: str, name: str, obj: T | None = None, summary: str = "") -> T | Callable[[T], T]:
-    """Offer a component of your own in this process: ``rlx.register("reward", "brevity", fn)``, or as a decorator.
+    """Offer a component in this process: ``rlx.register("reward", "brevity", fn)``, or as a decorator.
 
     Args:
         kind: one of ``algorithm, reward, transform, callback, generator, judge, dataset``.
@@ -344,7 +345,7 @@ def _home(target: str | object) -> str:
 
 
 def _definition(target: object) -> tuple[str, str]:
-    """Module and qualified name of a class, function or instance's class; instances have neither of their own."""
+    """Module and qualified name of a class or function, or of an instance's class."""
     owner: Any = target if hasattr(target, "__qualname__") else type(target)
     return owner.__module__, owner.__qualname__
 

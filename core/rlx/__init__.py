@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "rlx.core.batch": ("Batch Demonstrations Labeled Loss Pairs Prompts Rollouts Scores Sequences"),
     "rlx.core.errors": (
-        "CheckpointError ConfigError DataError DivergedError Interrupted MemoryExhausted PeerError PluginError"
-        " RewardError RlxError SaveError"
+        "CheckpointError ConfigError DataError DivergedError Interrupted MemoryExhausted PeerError"
+        " PluginError RewardError RlxError SaveError"
     ),
     "rlx.core.options": "opt",
     "rlx.core.run": "prepare resume run",

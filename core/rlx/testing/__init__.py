@@ -14,8 +14,8 @@ def isolated(*plugins: object) -> Iterator[Registry]:
     """Within the block, the registry is a fresh one; the old one is back afterwards, also after an exception.
 
     Args:
-        plugins: modules or objects with hooks, to be registered as if they were installed. What is installed is not
-            seen: the fresh registry has the built-ins and these.
+        plugins: modules or objects with hooks, to be registered as if they were installed. What is installed
+            is not seen: the fresh registry has the built-ins and these.
 
     Yields:
         The fresh registry.
