@@ -211,7 +211,7 @@ def _check_lora_shapes(model: nn.Module, file: Path, config: dict[str, Any]) -> 
 
     base = model.get_base_model() if is_adapted(model) else model
     modules = {name.replace(".base_layer", ""): module for name, module in base.named_modules()}
-    ids = f"adapter of {config.get('base_model_name_or_path')}, model {base.config._name_or_path or 'from Python'}"
+    ids = f"adapter of {config.get('base_model_name_or_path')}, model {base.name_or_path or 'from Python'}"
     with safe_open(str(file), framework="pt") as tensors:
         shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
     for key, shape in shapes.items():

@@ -1,12 +1,14 @@
-"""The policy and its tokenizer: loaded, checked and made ready to train; saved as a plain Hugging Face folder.
+"""The policy: loaded, checked and made ready to train; saved as a plain Hugging Face folder.
 
-Nothing here samples, scores or trains. A model or tokenizer object passed from Python is taken as it is, apart from
+Nothing here samples, scores or trains. A model object passed from Python is taken as it is, apart from
 dropout, gradient checkpointing and adapters, which the settings ask for by name.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from torch import nn
 from rlx.core import adapters
 from rlx.core.errors import ConfigError, DivergedError
 from rlx.core.precision import DTYPES, upcast_norms
-from rlx.core.pretrained import Source, check_code, load_config, load_weights, restore_weights, translated
+from rlx.core.pretrained import Source, load_config, load_weights, quiet, restore_weights
 from rlx.core.settings import Settings
-from rlx.core.text import safe_text
+from rlx.core.tokenizer import check_vocabulary, load_tokenizer, ready_tokenizer, stop_token_ids
 from rlx.core.values import (
     VALUE_HEAD_FILE,
     ValueHead,
@@ -28,15 +30,6 @@ from rlx.core.values import (
     save_value_head,
 )
 
-# Tokens that models reserve for padding without declaring them, most telling first.
-PAD_LIKE = (
-    "<pad>",
-    "[PAD]",
-    "<|pad|>",
-    "<|padding|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_0|>",
-)
 VALUE_MODEL_FOLDER = "value_model"
 _VALUE = "value."  # prefix of the value function's parameters in Policy.trainable
 
@@ -66,7 +59,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.value_head = value_head
         self.value_model = value_model
-        self.stop_token_ids = stop_token_ids(model, tokenizer)
+        self.stop_token_ids = stop_token_ids(self.base, tokenizer)
         self.report = list(report)
         self._declared: dict[str, Any] = {}  # config fields that were changed for training, as they were
 
@@ -86,7 +79,7 @@ class Policy:
         return self.value_head if self.value_head is not None else self.value_model
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Every parameter that is trained, by a name that stays the same; the value function's begin with ``value.``."""
+        """Every trained parameter by a lasting name; the value function's begin with ``value.``."""
         own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if self.value is not None:
             own |= {_VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
@@ -108,14 +101,17 @@ class Policy:
 
     def with_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass."""
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():
+            # A newer name exists in the newest transformers only; the old one works in all that we support.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if adapters.is_adapted(self.model):
             # Frozen embeddings give inputs without gradient; the first checkpointed layer needs one that has.
             self.base.enable_input_require_grads()
         self._declare(self.base.config.get_text_config(decoder=True), "use_cache", False)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that ``from_pretrained`` reads: weights as they train, tokenizer, value function beside them.
+        """Write a folder that ``from_pretrained`` reads: weights as they train, tokenizer, value function.
 
         Raises:
             DivergedError: a trained weight is NaN or infinite; nothing was written.
@@ -132,7 +128,8 @@ class Policy:
                 adapters.save_adapter(self.model, folder)
                 self.base.generation_config.save_pretrained(str(folder))
             else:
-                self.model.save_pretrained(str(folder))
+                with quiet():
+                    self.model.save_pretrained(str(folder))
         finally:
             for name, value in changed.items():
                 setattr(config, name, value)
@@ -177,77 +174,6 @@ class Policy:
         setattr(config, name, value)
 
 
-def load_tokenizer(
-    settings: Settings, *, stop_token_ids: Sequence[int] = (), report: list[str] | None = None
-) -> Any:
-    """The policy's tokenizer, with a pad token.
-
-    A missing pad token is chosen among the tokens that exist, so that nothing is resized: a token reserved for
-    padding (``PAD_LIKE``), else the unknown token, else EOS. Masks come from lengths, so EOS as pad costs nothing.
-
-    Args:
-        settings: model, tokenizer, model_revision, trust_remote_code, stop_strings.
-        stop_token_ids: tokens that the algorithm ends completions with.
-        report: gets a line for each decision.
-
-    Raises:
-        ConfigError: not to be found, code without consent, no EOS and nothing else that ends a completion.
-    """
-    from transformers import AutoTokenizer
-
-    source = Source.of(
-        settings.tokenizer or settings.model,
-        role="tokenizer" if settings.tokenizer else "model",
-        revision=None if settings.tokenizer else settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    source.check_exists()
-    if source.folder is not None:
-        check_code(source, source.folder / "tokenizer_config.json")
-        check_code(source, source.folder / "config.json")
-    with translated(source):
-        tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
-    return ready_tokenizer(tokenizer, can_stop=bool(settings.stop_strings or stop_token_ids), report=report)
-
-
-def ready_tokenizer(tokenizer: Any, *, can_stop: bool = False, report: list[str] | None = None) -> Any:
-    """A tokenizer with a pad token, after checking that completions can end.
-
-    Args:
-        tokenizer: gets a pad token where it has none.
-        can_stop: something other than EOS ends a completion.
-        report: gets a line for each decision.
-
-    Raises:
-        ConfigError: no EOS token and nothing else that ends a completion.
-    """
-    lines = report if report is not None else []
-    if tokenizer.eos_token_id is None and not can_stop:
-        raise ConfigError(
-            "the tokenizer has no end-of-sequence token, so completions could not end",
-            code="E-TOKENIZER-EOS",
-            where=safe_text(tokenizer.name_or_path, 120),
-            hint="set eos_token in tokenizer_config.json, or give --stop-strings or --stop-token-id",
-        )
-    if tokenizer.pad_token_id is None:
-        vocabulary = tokenizer.get_vocab()
-        found = [token for token in PAD_LIKE if token in vocabulary]
-        chosen = next(
-            (token for token in (*found, tokenizer.unk_token, tokenizer.eos_token) if token is not None), None
-        )
-        if chosen is None:
-            chosen = tokenizer.convert_ids_to_tokens(0)  # any token does: padding is masked by length
-        tokenizer.pad_token = chosen
-        lines.append(
-            f"pad token: {safe_text(chosen, 40)} ({tokenizer.pad_token_id}), chosen: the tokenizer has none"
-        )
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        lines.append(
-            "pad token is the EOS token: EOS is trained and scored all the same, masks come from lengths"
-        )
-    return tokenizer
-
-
 def load_policy(
     settings: Settings,
     accelerator: Any = None,
@@ -262,7 +188,7 @@ def load_policy(
         settings: the options of the panels Model and LoRA.
         accelerator: an ``accelerate.Accelerator``; None means CPU.
         tokenizer: an object to use instead of the one that the settings name.
-        model: a model object to use instead of the one that the settings name; taken as it is, also its dtype.
+        model: a model object to use instead of the one that the settings name, in its own dtype.
         values: whether the algorithm needs a value function.
 
     Raises:
@@ -323,14 +249,6 @@ def resolve_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     return DTYPES[settings.dtype]
 
 
-def stop_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """End-of-sequence tokens of the tokenizer and of the model's generation config, sorted."""
-    base = model.get_base_model() if adapters.is_adapted(model) else model
-    declared = base.generation_config.eos_token_id if base.can_generate() else None
-    several = declared if isinstance(declared, list | tuple) else [declared]
-    return tuple(sorted({int(i) for i in (tokenizer.eos_token_id, *several) if i is not None}))
-
-
 def _tokenizer_for(settings: Settings, tokenizer: Any, model: Any, report: list[str]) -> Any:
     if tokenizer is not None:
         return ready_tokenizer(tokenizer, can_stop=True, report=report)
@@ -342,8 +260,6 @@ def _tokenizer_for(settings: Settings, tokenizer: Any, model: Any, report: list[
             code="E-TOKENIZER-MISSING",
             hint="pass tokenizer= beside model=",
         )
-    from dataclasses import replace
-
     return load_tokenizer(replace(settings, tokenizer=model.name_or_path), report=report)
 
 
@@ -384,24 +300,6 @@ def _add_values(policy: Policy, settings: Settings, device: torch.device, dtype:
         return
     source = Source.of(settings.value_model, role="value_model", trust_remote_code=settings.trust_remote_code)
     policy.value_model = ValueModel.load(source, dtype=dtype, report=policy.report).to(device)
-
-
-def check_vocabulary(model: Any, tokenizer: Any) -> None:
-    """Every token that the tokenizer can produce has a row in the embedding.
-
-    Raises:
-        ConfigError: naming the token with the highest number.
-    """
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if number >= rows:
-        raise ConfigError(
-            "the tokenizer knows tokens that the model does not",
-            code="E-TOKENIZER-VOCABULARY",
-            got=f"token {safe_text(token, 40)!r} id {number} ≥ {rows}",
-            expected=f"ids below {rows}, the rows of the model's embedding",
-            hint="use the tokenizer that came with the model, or resize and train its embedding first",
-        )
 
 
 def _is_dropout(name: str, value: object) -> bool:

@@ -16,11 +16,11 @@ _NORM = re.compile(r"(RMS|Layer)_?Norm", re.IGNORECASE)
 
 @contextmanager
 def generation_precision(model: nn.Module, dtype: torch.dtype | str | None) -> Iterator[None]:
-    """Cast a model's floating-point weights for a while; afterwards they are the very same tensors again.
+    """Cast a model's floating-point weights for a while; afterwards they are the same tensors again.
 
-    Nothing is rounded back and forth: the originals are kept and put back, whatever happens inside. Tied weights stay
-    tied, because each parameter is cast once. Buffers keep their type: rotary frequencies lose too much in half
-    precision. Costs one copy of the weights in dtype.
+    Nothing is rounded back and forth: the originals are kept and put back, whatever happens inside. Tied
+    weights stay tied, because each parameter is cast once. Buffers keep their type: rotary frequencies lose
+    too much in half precision. Costs one copy of the weights in dtype.
 
     Args:
         model: any module.
@@ -44,8 +44,8 @@ def generation_precision(model: nn.Module, dtype: torch.dtype | str | None) -> I
 def upcast_norms(model: nn.Module) -> int:
     """Keep LayerNorm and RMSNorm layers in float32 inside a half-precision model.
 
-    The layer's input is raised to its weight's type and its output lowered to the input's, so that the layers around
-    it see no difference in type.
+    The layer's input is raised to its weight's type and its output lowered to the input's, so that the layers
+    around it see no difference in type.
 
     Args:
         model: changed in place; names of its weights stay as they are.

@@ -1,7 +1,7 @@
 """The one door through which weights and tokenizers come in from a folder or the hub.
 
 What lies there is data from others: weights are read from safetensors only, code beside them runs only with
-``trust_remote_code``, and everything that is wrong with a folder is told before training, by file and by name.
+``trust_remote_code``, and what is wrong with a folder is told before training, by file and by name.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def load_weights(
         ConfigError: unreadable, truncated or missing weights.
         DivergedError: a weight is NaN or infinite.
     """
-    with translated(source), _quiet():
+    with translated(source), quiet():
         model, loading = auto_class.from_pretrained(
             source.name,
             config=config,
@@ -138,14 +138,14 @@ def load_weights(
 
 
 def restore_weights(model: Any, folder: Path) -> None:
-    """Fill a model in place with the weights of a folder that its own ``save_pretrained`` wrote, bit for bit.
+    """Fill a model in place with the weights that its own ``save_pretrained`` wrote, bit for bit.
 
     Raises:
         ConfigError: a weight is missing or has another shape.
     """
     source = Source(str(folder), role="checkpoint")
-    # float32 holds every half-precision number exactly, so this detour is lossless for mixed types too. It goes
-    # through from_pretrained because architectures may save under other names than they compute with.
+    # float32 holds every half-precision number exactly, so this detour is lossless for mixed types too. It
+    # goes through from_pretrained because architectures may save under other names than they compute with.
     saved = load_weights(source, type(model), load_config(source), dtype=torch.float32).state_dict()
     for name, tensor in model.state_dict().items():
         if name not in saved or saved[name].shape != tensor.shape:
@@ -338,8 +338,8 @@ def _unreachable(source: Source, error: Exception) -> ConfigError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bar and report to itself: what matters in them is raised as an error here."""
+def quiet() -> Iterator[None]:
+    """Keep transformers' bars and reports to itself: what matters in them is raised as an error here."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,8 @@
 """The reference: the model that the policy is kept close to, or is compared with.
 
-Four kinds give the same numbers: the policy with its adapter off, a frozen adapter on the policy's base, a frozen copy,
-or another model. None is ever trained, and using one leaves the policy as it was, whatever happens meanwhile.
+Four kinds give the same numbers: the policy with its adapter off, a frozen adapter on the policy's base, a
+frozen copy, or another model. None is ever trained, and using one leaves the policy as it was, whatever
+happens meanwhile.
 """
 
 from __future__ import annotations
@@ -154,8 +155,6 @@ def _adapter(folder: str, policy: Policy) -> Reference:
 
 
 def _frozen(model: Any) -> Any:
-    """The model, never to be trained: no gradients, no dropout, no recomputation."""
-    if model.is_gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+    """The model, never to be trained."""
     model.requires_grad_(False)
-    return model.eval()
+    return model.eval()  # also ends gradient checkpointing, which transformers does in training mode only

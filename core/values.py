@@ -1,7 +1,8 @@
 """Value functions: a scalar head on the policy's own backbone, or a separate model with such a head.
 
-A head is a module of its own, so that a policy's folder stays a plain Hugging Face folder; it is kept beside it as
-``value_head.safetensors``. Heads that other tools saved under ``v_head.summary.{weight,bias}`` load as well.
+A head is a module of its own, so that a policy's folder stays a plain Hugging Face folder; it is kept beside
+it as ``value_head.safetensors``. Heads that other tools saved under ``v_head.summary.{weight,bias}`` load as
+well.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ class ValueModel(nn.Module):
     def load(cls, source: Source, *, dtype: torch.dtype, report: list[str] | None = None) -> ValueModel:
         """A value model from a reward model, a causal language model or a saved value model.
 
-        A reward model's ``score`` becomes the head. Otherwise the head is read from ``value_head.safetensors`` in the
-        folder, or from the ``v_head.summary`` weights among the model's own; where neither exists it starts at zero.
+        A reward model's ``score`` becomes the head. Otherwise the head is read from
+        ``value_head.safetensors`` in the folder, or from ``v_head.summary`` among the model's weights; where
+        neither exists it starts at zero.
 
         Args:
             source: a folder or hub id.
@@ -99,8 +101,8 @@ class ValueModel(nn.Module):
     def values(self, sequences: Sequences, token_budget: int = 4096) -> Tensor:
         """The value of the state before each scored token.
 
-        With gradients enabled this is one differentiable pass over all sequences: cut them before. Without, they are
-        cut here by token budget.
+        With gradients enabled this is one differentiable pass over all sequences: cut them before. Without,
+        they are cut here by token budget.
 
         Args:
             sequences: on any device.
