@@ -1,0 +1,139 @@
+"""The key-value cache of sampling: transformers' own, with attention layers that grow without copying.
+
+What this is: ``new_cache`` gives a ``DynamicCache`` for a model's config; its plain full-attention layers are
+replaced by ``GrowingLayer``, every other kind of layer (sliding window, recurrent, shared) stays as transformers
+made it. ``kind_of`` says how rows of different prompt lengths may meet in one batch. All layers answer
+``reorder_cache``, the one operation that both copies a prompt's cache to its completions and drops finished rows.
+
+Legend: R rows, H key-value heads, T cached tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+GROWTH = 64  # tokens of room added when a layer is full; measured: 32 to 128 are alike, 16 is slower
+# By name, not by class: which of them exist depends on the version of transformers.
+PADDABLE = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "GrowingLayer"})
+UNPADDABLE = frozenset(
+    {
+        "LinearAttentionLayer",
+        "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer",
+    }
+)
+
+
+class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyped
+    """Keys and values of one full-attention layer, in buffers with room for tokens to come.
+
+    ``keys`` and ``values`` are views (R, H, T, D) of the filled part. A token is written in place where
+    ``DynamicLayer`` would concatenate, that is, copy everything.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append (R, H, t, D) keys and values; returns all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._hold(key_states, value_states, key_states.shape[-2])
+            return self.keys, self.values
+        start, end = self.filled, self.filled + key_states.shape[-2]
+        if end > self.key_buffer.shape[-2]:
+            self.key_buffer = _with_room(self.keys, end + GROWTH)
+            self.value_buffer = _with_room(self.values, end + GROWTH)
+        self.key_buffer[:, :, start:end] = key_states
+        self.value_buffer[:, :, start:end] = value_states
+        self._hold(self.key_buffer, self.value_buffer, end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep the rows ``beam_idx``, in that order; a row may come more than once or not at all."""
+        if self.is_initialized:
+            index = beam_idx.to(self.keys.device)
+            self._hold(self.keys.index_select(0, index), self.values.index_select(0, index), self.filled)
+
+    def trim(self, columns: int) -> None:
+        """Forget the first ``columns`` tokens."""
+        if self.is_initialized:
+            self._hold(self.keys[:, :, columns:], self.values[:, :, columns:], self.filled - columns)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens, as in transformers."""
+        if self.is_initialized:
+            self._hold(self.key_buffer, self.value_buffer, self.filled + tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.filled = 0
+
+    def _hold(self, key_buffer: Tensor, value_buffer: Tensor, filled: int) -> None:
+        self.key_buffer, self.value_buffer, self.filled = key_buffer, value_buffer, filled
+        self.keys, self.values = key_buffer[:, :, :filled], value_buffer[:, :, :filled]
+
+
+def _with_room(filled: Tensor, capacity: int) -> Tensor:
+    rows, heads, tokens, size = filled.shape
+    buffer = filled.new_empty(rows, heads, capacity, size)
+    buffer[:, :, :tokens] = filled
+    return buffer
+
+
+def new_cache(config: Any, growing: bool = True) -> DynamicCache:
+    """An empty cache for a model.
+
+    Args:
+        config: the model's config.
+        growing: replace plain full-attention layers by ``GrowingLayer``.
+    """
+    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    if growing:
+        cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def kind_of(cache: DynamicCache) -> Literal["padded", "equal", "unknown"]:
+    """How rows may share a batch: with left padding, only with equal prompt lengths, or nobody knows."""
+    names = {type(layer).__name__ for layer in cache.layers}
+    if names and names <= PADDABLE:
+        return "padded"
+    return "equal" if names and names <= PADDABLE | UNPADDABLE else "unknown"
+
+
+def trimmable(cache: DynamicCache) -> bool:
+    """Whether the first columns of every layer may be dropped."""
+    return all(isinstance(layer, GrowingLayer) for layer in cache.layers)
+
+
+def trim(cache: DynamicCache, columns: int) -> None:
+    """Forget the first ``columns`` tokens of every row."""
+    for layer in cache.layers:
+        layer.trim(columns)
+
+
+def rows_that_fit(decoder: PreTrainedModel, tokens: int, device: torch.device) -> int:
+    """How many rows of so many tokens may be decoded together in half of the free memory, at least 1.
+
+    Counts keys and values, once more while they are copied, and the logits in float32 with their temporaries.
+    """
+    config = decoder.config.get_text_config(decoder=True)
+    # Names differ between architectures; state-space models have neither heads nor a cache that grows.
+    heads = getattr(config, "num_attention_heads", None) or 0
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    cached = 2 * config.num_hidden_layers * shared * size * tokens * decoder.dtype.itemsize
+    row = 2 * cached + 6 * 4 * config.vocab_size
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        free -= torch.cuda.memory_allocated(device)
+    else:
+        free = psutil.virtual_memory().available
+    return max(1, free // 2 // row)
