@@ -2,8 +2,8 @@
 
 A reward is a callable ``reward(prompts=…, completions=…, completion_ids=…, **columns)``, plain or ``async``,
 that returns one number a completion, a list of one number a token, or None where it does not apply. It is
-given copies, and only what its signature takes. Whatever else comes back is an error that names the reward and
-the row, or is counted under the policy that the user chose; nothing unusable enters a batch.
+given copies, and only what its signature takes. Whatever else comes back is an error that names the reward
+and the row, or is counted under the policy that the user chose; nothing unusable enters a batch.
 
 Legend: N completions, S completion tokens of all completions one after another.
 """

@@ -101,11 +101,11 @@ class Reward:
 
     Class attributes:
         Config: frozen dataclass of ``rlx.opt`` fields.
-        columns: data-set columns it needs, checked before weights load.
+        columns: data-set columns it needs, checked before weights load; an instance may set its own.
     """
 
     Config: ClassVar[type] = NoOptions
-    columns: ClassVar[tuple[str, ...]] = ()
+    columns: tuple[str, ...] = ()
 
     def __init__(self, config: Any) -> None:
         self.config = config

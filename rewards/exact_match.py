@@ -14,14 +14,14 @@ from typing import Any
 from rlx.core.errors import ConfigError
 from rlx.core.options import opt
 from rlx.plugins.contract import Reward
+from rlx.rewards.regex import compiled
 
-LONGEST = (
-    2_000  # characters at the end of a text that are searched; bounds the time that a hostile text can cost
-)
+# Characters at the end of a text that are searched: bounds the time that a hostile text can cost.
+LONGEST = 2_000
 
 # The greedy (?s:.*) finds the last marker; \A keeps the search from starting over at every character.
-_FINAL = r"\A(?s:.*)(?:(?:Answer:|####)[ \t]*(\S[^\n]*)|\\boxed\{([^{}\n]*)\}[$.]*)\Z"
-_NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|[-+]?\.[0-9]+")
+_FINAL = r"\A(?s:.*)(?:(?:Answer:|####)[ \t]*(\S[^\n]*)|\\boxed\{([^\n]*)\}[$.]*)\Z"
+_NUMBER = re.compile(r"[-+]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|[-+]?\$?\.[0-9]+")
 
 
 class ExactMatch(Reward):
@@ -40,19 +40,26 @@ class ExactMatch(Reward):
         )
         pattern: str | None = opt(
             None,
-            "regular expression whose last group that took part is the answer, searched in the stripped "
+            "regular expression whose first group that took part is the answer, searched in the stripped "
             "text; by default what ends the text after the last 'Answer:' or '####', or inside \\boxed{…}",
         )
         bare: bool = opt(
             False, "take a completion in which the pattern is not found as an answer without marker"
         )
         ignore_case: bool = opt(True, "compare without regard to upper and lower case")
-        numbers: bool = opt(True, "compare numbers by value: 1,000 equals 1000 and 5.0 equals 5")
+        numbers: bool = opt(True, "compare numbers by value: $1,000.00 equals 1000, and 5. equals 5")
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.columns = (config.column,)
-        self._pattern = _compiled(config.pattern or _FINAL)
+        self._pattern = compiled(config.pattern or _FINAL, "exact_match")
+        if not self._pattern.groups:
+            raise ConfigError(
+                "the pattern of reward 'exact_match' has no group",
+                code="E-CONFIG-VALUE",
+                got=self._pattern.pattern[:80],
+                expected=r"parentheses around the answer, as in 'Answer: (-?\d+)\s*$'",
+            )
 
     def __call__(self, *, completions: list[str], **columns: list[Any]) -> list[float | None]:
         """One score a completion."""
@@ -60,9 +67,10 @@ class ExactMatch(Reward):
         return [self._score(text, answer) for text, answer in zip(completions, gold, strict=True)]
 
     def _score(self, completion: str, answer: Any) -> float | None:
-        if answer is None:
+        right = "" if answer is None else str(answer).strip()
+        if not right:
             return None
-        given, right = self._extract(completion), str(answer).strip()
+        given = self._extract(completion)
         if given is None and self.config.bare:
             given = completion.strip()
         if given is None:
@@ -70,29 +78,11 @@ class ExactMatch(Reward):
         return float(self._normal(given) == self._normal(self._extract(right) or right))
 
     def _extract(self, text: str) -> str | None:
-        match = self._pattern.search(text[-LONGEST:].strip())
-        return match[match.lastindex or 0].strip() if match else None
+        match = self._pattern.search(text.strip()[-LONGEST:])
+        taken = [group for group in match.groups() if group is not None] if match else []
+        return taken[0].strip() if taken else None
 
     def _normal(self, answer: str) -> str | Decimal:
         if self.config.numbers and _NUMBER.fullmatch(answer):
-            return Decimal(answer.replace(",", ""))
+            return Decimal(answer.replace(",", "").replace("$", ""))
         return answer.casefold() if self.config.ignore_case else answer
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"the pattern of reward 'exact_match' is no regular expression: {error}",
-            code="E-CONFIG-VALUE",
-            got=pattern[:80],
-        ) from None
-    if not compiled.groups:
-        raise ConfigError(
-            "the pattern of reward 'exact_match' has no group",
-            code="E-CONFIG-VALUE",
-            got=pattern[:80],
-            expected=r"parentheses around the answer, as in 'Answer: (-?\d+)\s*$'",
-        )
-    return compiled
