@@ -156,7 +156,7 @@ class _Builder:
         self.count = 0
 
     def check_size(self, text: str) -> None:
-        """Refuse deep nesting before composing: libyaml's composer recurses in C, and would end the process."""
+        """Refuse deep nesting before composing: the composer recurses in C and would end the process."""
         depth = 0
         for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
