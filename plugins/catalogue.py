@@ -10,11 +10,12 @@ COMPONENTS = {
         "ppo": ("rlx.algorithms.ppo:PPO", "proximal policy optimisation with a value function"),
     },
     "reward": {
-        "exact_match": ("rlx.rewards.match:ExactMatch", "1 if the completion equals the answer"),
-        "contains": ("rlx.rewards.match:Contains", "1 if the completion contains a text"),
-        "regex": ("rlx.rewards.match:Regex", "1 if a regular expression matches the completion"),
-        "format": ("rlx.rewards.match:Format", "1 if the completion has the wanted form"),
-        "length": ("rlx.rewards.length:Length", "how close the completion's length is to a target"),
+        "exact_match": ("rlx.rewards.exact_match:ExactMatch", "1 if the final answer is the data's"),
+        "contains": ("rlx.rewards.contains:Contains", "1 if the completion contains keywords"),
+        "regex": ("rlx.rewards.regex:Regex", "1 if a regular expression matches the completion"),
+        "format": ("rlx.rewards.regex:Format", "1 if reasoning and answer stand in their tags"),
+        "length": ("rlx.rewards.length:Length", "penalty for each token away from a target length"),
+        "overlong": ("rlx.rewards.length:Overlong", "soft punishment near the longest length"),
         "repetition": ("rlx.rewards.repetition:Repetition", "penalty for repeated n-grams"),
     },
     "generator": {
