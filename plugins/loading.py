@@ -27,7 +27,7 @@ from rlx.plugins.light import deferred
 MEMBERS: dict[str, tuple[str, ...]] = {
     "algorithm": ("Config", *(name for name in vars(contract.Algorithm) if not name.startswith("_"))),
     "reward": ("__call__",),
-    "transform": ("__call__", "takes", "gives"),
+    "transform": ("__call__",),
     "callback": (),
     "generator": ("generate", "sync", "close"),
     "judge": ("judge",),

@@ -54,6 +54,11 @@ class Entry:
         return f"{self.plugin}/{self.name}"
 
     @property
+    def address(self) -> str:
+        """``pkg.mod:Attribute``, also of a target that is the object itself."""
+        return self.target if isinstance(self.target, str) else ":".join(_definition(self.target))
+
+    @property
     def offered_by(self) -> str:
         """The qualified name and the distribution, for messages."""
         return (
@@ -123,16 +128,15 @@ class Registry:
             )
         plugin = self._loading or Plugin(_home(target), "", "", "")
         entry = Entry(kind, name, target, plugin.name, plugin.distribution, plugin.version, summary)
-        for other in self._entries:
-            if (other.kind, other.qualified) == (kind, entry.qualified):
-                if not _redefined(other.target, target):
-                    raise PluginError(
-                        f"{kind} {entry.qualified!r} is offered twice",
-                        code="E-PLUGIN-REGISTER",
-                        got=f"{_shown(target)} after {_shown(other.target)}",
-                    )
-                self._entries.remove(other)
-                break
+        same = [o for o in self._entries if (o.kind, o.qualified) == (kind, entry.qualified)]
+        # The same definition run once more, as when a notebook's cell is, takes the place of the old one.
+        if any(type(o.target) is not type(target) or o.address != entry.address for o in same):
+            raise PluginError(
+                f"{kind} {entry.qualified!r} is offered twice",
+                code="E-PLUGIN-REGISTER",
+                got=f"{entry.address} after {same[0].address}",
+            )
+        self._entries = [other for other in self._entries if other not in same]
         self._entries.append(entry)
 
     def list(self, kind: str | None = None) -> Entries:
@@ -170,7 +174,7 @@ class Registry:
                 hint=f"write which one you mean: {' or '.join(entry.qualified for entry in found)}",
             )
         if not found:
-            raise self._unknown(kind, ref, entries)
+            raise self.unknown(kind, ref, entries)
         return found[0]
 
     def get(self, kind: str, ref: str) -> Any:
@@ -220,7 +224,8 @@ class Registry:
             self._loading = outer
         self._plugins.append(plugin)
 
-    def _unknown(self, kind: str, ref: str, entries: Iterable[Entry]) -> ConfigError:
+    def unknown(self, kind: str, ref: str, entries: Iterable[Entry]) -> ConfigError:
+        """The error for a name that none of the entries has, with the plugins that are missing and why."""
         names = sorted({entry.name for entry in entries})
         hint = ""
         if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", ref):
@@ -348,14 +353,3 @@ def _definition(target: object) -> tuple[str, str]:
     """Module and qualified name of a class or function, or of an instance's class."""
     owner: Any = target if hasattr(target, "__qualname__") else type(target)
     return owner.__module__, owner.__qualname__
-
-
-def _redefined(old: object, new: object) -> bool:
-    """Whether new is the same definition run once more, as when a notebook's cell is."""
-    if isinstance(old, str) or isinstance(new, str):
-        return old == new
-    return old is new or _definition(old) == _definition(new)
-
-
-def _shown(target: object) -> str:
-    return target if isinstance(target, str) else ":".join(_definition(target))

@@ -1,0 +1,241 @@
+"""``rlx plugins list`` and ``rlx plugins info``: what is installed, what failed to load, and every option.
+
+Answers without torch: components are strings until one is asked about, and then its module is imported with
+the heavy libraries deferred.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+
+from rlx.core.errors import PluginError
+from rlx.core.options import MISSING, Option, options, type_name
+from rlx.core.text import safe_text
+from rlx.plugins import contract, loading
+from rlx.plugins.contract import KINDS
+from rlx.plugins.discovery import Broken
+from rlx.plugins.references import config_of, resolve
+from rlx.plugins.registry import Entry, Registry, registry
+
+app = typer.Typer(help="What is installed: components, their options, and plugins that failed to load.")
+
+Kind = Annotated[str | None, typer.Option("--kind", help=", ".join(KINDS))]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Row = tuple[str, ...]
+
+
+@app.command("list")
+def list_plugins(kind: Kind = None, as_json: Json = False) -> None:
+    """List every component and plugin, with the plugins that failed to load and why.
+
+    Args:
+        kind: only this kind of component.
+        as_json: print JSON.
+
+    Raises:
+        ConfigError: for an unknown kind.
+    """
+    found = registry()
+    entries = found.list(kind)
+    if as_json:
+        print(json.dumps(_list_data(found, entries), indent=2))
+        return
+    twice = {
+        (e.kind, e.name) for e in entries if sum((o.kind, o.name) == (e.kind, e.name) for o in entries) > 1
+    }
+    rows: list[Row] = []
+    for entry in entries:
+        name = entry.qualified if (entry.kind, entry.name) in twice else entry.name
+        rows.append((entry.kind, name, _safe(entry.summary), f"{entry.distribution} {entry.version}".strip()))
+    print(_table(("kind", "name", "summary", "from"), rows))
+    if twice:
+        print("\nA name that several plugins offer is written plugin/name.")
+    plugins = [(p.name, f"{p.distribution} {p.version}".strip(), p.value) for p in found.plugins()]
+    print("\n" + _table(("plugin", "distribution", "module"), plugins))
+    if found.broken:
+        broken = [
+            (b.plugin.name, f"{b.plugin.distribution} {b.plugin.version}", b.reason)
+            for b in found.broken.values()
+        ]
+        print("\n" + _table(("failed to load", "distribution", "reason"), broken))
+        print("\nrlx plugins info NAME shows where one failed.")
+    if found.blocked:
+        print(f"\nNot loaded, because of --no-plugin or RLX_NO_PLUGINS: {', '.join(sorted(found.blocked))}")
+
+
+@app.command("info")
+def info(
+    ref: Annotated[
+        str, typer.Argument(help="a registered name, plugin/name, module:Attribute, ./file.py:Attribute")
+    ],
+    kind: Kind = None,
+    as_json: Json = False,
+) -> None:
+    """Show one component with its options, or why a plugin failed to load.
+
+    Args:
+        ref: a reference, or the name of a broken plugin.
+        kind: of the component, where several kinds have the name.
+        as_json: print JSON.
+
+    Raises:
+        ConfigError: for a name that nothing has, or that several plugins offer.
+        PluginError: for a component that does not load or is not usable.
+    """
+    found = registry()
+    if ref in found.broken:
+        described = [_broken_data(found.broken[ref])]
+    elif ":" in ref:
+        described = [_describe_reference(ref, kind)]
+    else:
+        kinds = (
+            [kind] if kind else [k for k in KINDS if any(ref in (e.name, e.qualified) for e in found.list(k))]
+        )
+        if not kinds:
+            raise found.unknown("component", ref, found.list())
+        described = [_describe_entry(found.find(k, ref), found.get(k, ref)) for k in kinds]
+    if as_json:
+        print(json.dumps(described[0] if len(described) == 1 else described, indent=2, default=str))
+    else:
+        print("\n\n".join(_as_text(data) for data in described))
+
+
+def _list_data(found: Registry, entries: Iterable[Entry]) -> dict[str, Any]:
+    keys = ("kind", "name", "plugin", "distribution", "version", "summary")
+    return {
+        "components": [
+            {**{key: getattr(entry, key) for key in keys}, "target": entry.address} for entry in entries
+        ],
+        "plugins": [vars(plugin) for plugin in found.plugins()],
+        "broken": [_broken_data(broken) for broken in found.broken.values()],
+        "blocked": sorted(found.blocked),
+    }
+
+
+def _broken_data(broken: Broken) -> dict[str, Any]:
+    return {**vars(broken.plugin), "reason": broken.reason, "traceback": broken.traceback}
+
+
+def _describe_reference(ref: str, kind: str | None) -> dict[str, Any]:
+    component = loading.load(ref)
+    kind = kind or _kind_of(component, ref)
+    return _describe(kind, resolve(kind, ref), {"name": ref, "target": ref})
+
+
+def _describe_entry(entry: Entry, component: Any) -> dict[str, Any]:
+    keys = ("name", "summary", "plugin", "distribution", "version")
+    return _describe(
+        entry.kind, component, {**{key: getattr(entry, key) for key in keys}, "target": entry.address}
+    )
+
+
+def _describe(kind: str, component: Any, known: dict[str, Any]) -> dict[str, Any]:
+    """Everything about a component that can be known without building it."""
+    config = config_of(component)
+    shown = str | bool | tuple | frozenset | Mapping
+    traits = {n: v for n in TRAITS if isinstance(v := getattr(component, n, None), shown)}
+    return {
+        "kind": kind,
+        **known,
+        "file": loading.source(component),
+        "doc": inspect.getdoc(component) or "",
+        **{name: sorted(value) if isinstance(value, frozenset) else value for name, value in traits.items()},
+        "options": [_option_data(option) for option in options(config).values()],
+    }
+
+
+# Class attributes worth showing: what an algorithm eats, which core defaults it changes, which columns are
+# needed.
+TRAITS = ("eats", "defaults", "columns", "takes", "gives", "observer")
+
+
+def _option_data(option: Option) -> dict[str, Any]:
+    data = {
+        "name": option.name,
+        "type": type_name(option.type),
+        "default": option.default,
+        "required": option.default is MISSING,
+        "bounds": option.bounds,
+        "choices": list(option.choices),
+        "unit": option.unit,
+        "source": option.source,
+        "doc": option.doc,
+    }
+    return {key: value for key, value in data.items() if value is not MISSING}
+
+
+def _kind_of(component: Any, ref: str) -> str:
+    """The kind of an unregistered component: its base class's, else the first whose members it has."""
+    bases = {"reward": contract.Reward, "transform": contract.Transform, "callback": contract.Callback}
+    for kind, base in bases.items():
+        if isinstance(component, base) or (isinstance(component, type) and issubclass(component, base)):
+            return kind
+    for kind in ("algorithm", "generator", "judge", "dataset", "callback", "reward"):
+        try:
+            loading.check(kind, component, ref)
+        except PluginError:
+            continue
+        return kind
+    raise PluginError(
+        f"{ref!r} is no component of any kind",
+        code="E-PLUGIN-PROTOCOL",
+        where=loading.source(component),
+        expected=", ".join(KINDS),
+        hint="--kind KIND says what is missing",
+    )
+
+
+def _as_text(data: dict[str, Any]) -> str:
+    """One component or broken plugin as lines of text."""
+    if "reason" in data:
+        fields = _fields(data, ("distribution", "version", "value", "reason"))
+        lines = [f"plugin {data['name']} failed to load", *fields, "", data["traceback"]]
+        return safe_text("\n".join(lines).rstrip(), 20_000, keep_newlines=True)
+    fields = _fields(data, ("summary", "target", "file", "plugin", "distribution", "version", *TRAITS))
+    lines = [f"{data['kind']} {data['name']}", *fields]
+    if data["doc"]:
+        lines += ["", *(f"  {line}".rstrip() for line in data["doc"].splitlines())]
+    lines += ["", "  options" if data["options"] else "  no options"]
+    width = max((len(option["name"]) for option in data["options"]), default=0)
+    for option in data["options"]:
+        default = "required" if option["required"] else f"default {_value(option['default'])}"
+        allowed = [option["bounds"], " | ".join(map(str, option["choices"])), option["unit"]]
+        lines.append(
+            f"    {option['name']:<{width}}  {', '.join(filter(None, [option['type'], default, *allowed]))}"
+        )
+        note = f" ({option['source']})" if option["source"] else ""
+        lines.append(f"    {'':<{width}}  {option['doc']}{note}")
+    return safe_text("\n".join(lines), 20_000, keep_newlines=True)
+
+
+def _fields(data: dict[str, Any], names: Iterable[str]) -> list[str]:
+    shown = {name: data[name] for name in names if data.get(name) not in (None, "", (), [], {})}
+    return [f"  {name:<12}  {_value(value)}" for name, value in shown.items()]
+
+
+def _value(value: Any) -> str:
+    """A value as a user would write it in YAML."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {_value(item)}" for key, item in value.items()) or "{}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value)) or "[]"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _safe(text: str) -> str:
+    return safe_text(text, 100)
+
+
+def _table(head: Row, rows: Iterable[Row]) -> str:
+    """Rows as aligned columns."""
+    lines = [head, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
