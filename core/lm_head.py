@@ -1,8 +1,8 @@
 """The output head and the log-softmax after it, at scored positions only, in chunks of rows.
 
-What a token's log-prob needs is one row of logits. Rows are computed a chunk at a time, reduced in float32 to one
-log-prob (and one entropy), and dropped or kept for the backward pass; no tensor of all positions × vocabulary exists
-unless it is known to fit. Leaves out: finding the head of a model (``rlx.core.logprobs`` does).
+A log-prob takes one row of logits. Rows are computed a chunk at a time, reduced in float32 to one log-prob
+(and one entropy), and then dropped, or kept for the backward pass where they are known to fit.
+Leaves out: finding the head of a model (``rlx.core.probe``) and the rows (``rlx.core.logprobs``).
 
 Legend: K rows (scored positions), V vocabulary, D hidden size. Log-probs and entropies are natural, float32.
 """
@@ -19,11 +19,12 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 16 * 2**20
-"""Float32 logits computed at a time. Fixed rather than taken from free memory: the chunks decide the order in which the
-weight's gradient is summed, and a resumed run must sum in the same order."""
+"""Float32 logits computed at a time. Fixed rather than taken from free memory: the chunks decide the order in
+which the weight's gradient is summed, and a resumed run must sum in the same order."""
 
 KEEP_SHARE = 0.25
-"""Share of the free memory that logits kept for the backward pass may take. Keeping or recomputing gives equal numbers."""
+"""Share of the free memory that logits kept for the backward pass may take. Whether they are kept changes
+time and memory, not numbers."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Transform:
         return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def backward(self, grad: Tensor, out: Tensor) -> Tensor:
-        """Gradient of the head's logits from the one of the result, overwriting grad; out is the result itself."""
+        """Gradient of the head's logits from the one of the result (out), overwriting grad."""
         grad.mul_(self.scale / self.temperature)
         if self.softcap is None:
             return grad
@@ -78,8 +79,8 @@ def head_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of each target, and the entropy of its distribution, from a linear head.
 
-    First-order gradients of both outputs are exact in hidden, weight and bias; there are no second-order ones. The
-    matrix products run in the dtype of weight (or of the autocast in force), everything after them in float32.
+    First-order gradients of both outputs are exact in hidden, weight and bias; there are no second-order
+    ones. The matrix products run in the dtype of weight (or of the autocast in force), all else in float32.
 
     Args:
         hidden: (K, D), any float dtype; K may be 0.
@@ -91,8 +92,8 @@ def head_logps(
         scale: logits are multiplied by it before the soft cap.
         entropy: also give the entropy.
         chunk_bytes: bytes of float32 logits computed at a time; at least one row is.
-        keep: keep the logits for the backward pass (True), compute them again there (False: less memory, one more
-            matrix product), or keep them when they take at most ``KEEP_SHARE`` of the free memory (None).
+        keep: keep the logits for the backward pass (True), compute them again there (False: less memory, one
+            more matrix product), or keep them when they take at most ``KEEP_SHARE`` of free memory (None).
 
     Returns:
         logps (K,) float32 and entropy (K,) float32 in nats, or None.
@@ -105,9 +106,8 @@ def head_logps(
     learns = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, weight, bias)
     )
-    if keep is None:
-        keep = len(hidden) * len(weight) * 4 <= KEEP_SHARE * free_bytes(hidden.device)
-    rows = max(1, chunk_bytes // (4 * len(weight)))
+    keep = _fits(len(hidden), len(weight), hidden.device) if keep is None else keep
+    rows = chunk_rows(len(weight), chunk_bytes)
     with torch.autocast(kind, enabled=False):
         logps, entropies = _HeadLogps.apply(
             hidden, weight, bias, targets, transform, entropy, rows, keep and learns
@@ -119,6 +119,7 @@ def module_logps(
     head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
+    vocabulary: int,
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -129,33 +130,43 @@ def module_logps(
 ) -> tuple[Tensor, Tensor | None]:
     """``head_logps`` for a head that is not a plain linear layer: adapters on the head, a quantised head.
 
-    The head is called on chunks of rows. A chunk's logits are computed again in the backward pass (with the same
-    dropout) unless they are kept. Arguments and results as in ``head_logps``.
+    The head is called on chunks of rows, and a chunk that is not kept is called again in the backward pass,
+    with the same dropout.
 
     Args:
         head: hidden (k, D) → logits (k, V).
+        hidden: (K, D).
+        targets: (K,) int64 token ids.
+        vocabulary: V.
+        temperature: as in ``head_logps``, like all that follow.
+        softcap: likewise.
+        scale: likewise.
+        entropy: likewise.
+        chunk_bytes: likewise.
+        keep: likewise.
+
+    Returns:
+        logps (K,) float32 and entropy (K,) float32 in nats, or None.
     """
     transform = Transform(temperature, scale, softcap)
 
     def chunk(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return logits_logps(transform(head(x)), y, entropy=entropy)
 
-    if not len(hidden):
-        logps, entropies = chunk(hidden, targets)
-        return logps, entropies if entropy else None
-    out_features = (
-        head(hidden[:1].detach()).shape[-1] if not hasattr(head, "out_features") else head.out_features
-    )
-    if keep is None:
-        keep = len(hidden) * out_features * 8 <= KEEP_SHARE * free_bytes(hidden.device)
-    rows = max(1, chunk_bytes // (4 * out_features))
-    parts = list(zip(hidden.split(rows), targets.split(rows), strict=True))
-    if keep or not torch.is_grad_enabled():
-        results = [chunk(x, y) for x, y in parts]
-    else:
-        results = [checkpoint(chunk, x, y, use_reentrant=False) for x, y in parts]
+    keep = _fits(len(hidden), 3 * vocabulary, hidden.device) if keep is None else keep  # autograd keeps more
+    again = not keep and torch.is_grad_enabled()
+    rows = chunk_rows(vocabulary, chunk_bytes)
+    results = [
+        checkpoint(chunk, x, y, use_reentrant=False) if again else chunk(x, y)
+        for x, y in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
     logps, entropies = (torch.cat(values) for values in zip(*results, strict=True))
     return logps, entropies if entropy else None
+
+
+def chunk_rows(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+    """Rows of float32 logits that take chunk_bytes, at least one."""
+    return max(1, chunk_bytes // (4 * vocabulary))
 
 
 def logits_logps(logits: Tensor, targets: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor]:
@@ -166,11 +177,16 @@ def logits_logps(logits: Tensor, targets: Tensor, *, entropy: bool) -> tuple[Ten
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device: what the driver has, plus what torch's cache holds unused."""
-    if device.type == "cuda":
+    """Bytes that can still be allocated: what the driver or the system has, and what torch's cache holds
+    unused.""" if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return int(psutil.virtual_memory().available)
+
+
+def _fits(count: int, vocabulary: int, device: torch.device) -> bool:
+    """Whether count rows of float32 logits may be kept."""
+    return 4 * count * vocabulary <= KEEP_SHARE * free_bytes(device)
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -207,8 +223,8 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        """d logp/dz = onehot − p, d H/dz = −p (log p + H), then back through transform and product, chunk by chunk."""
-        hidden, weight, bias, targets, lse, entropies, kept = ctx.saved_tensors
+        """Chunk by chunk: ∂logp/∂z = onehot − p and ∂H/∂z = −p (log p + H), then through transform and
+        product.""" hidden, weight, bias, targets, lse, entropies, kept = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def cut(lengths: Tensor, budget: int, per_row: int = 1) -> list[Tensor]:
     """Rows of each micro-batch, so that its sequences × its longest sequence stay within a budget.
 
-    Rows are sorted by length, longest first: padding is small, and a budget that does not fit in memory fails at the
-    first micro-batch. Rows of equal length keep their order, so the cut depends on nothing but the arguments.
+    Rows are sorted by length, longest first: padding is small, and a budget that does not fit in memory fails
+    at the first micro-batch. Rows of equal length keep their order.
 
     Args:
         lengths: (N,) int64, tokens of each sequence.
