@@ -1,8 +1,8 @@
-"""Make the model that ships inside the package: a 349k-parameter Llama that can solve one-step word problems, badly.
+"""Make the model inside the package: a 349k-parameter Llama that solves one-step word problems, badly.
 
-Stage 1 teaches the skill on right solutions. Stage 2 imitates sloppy ones (wrong operation, slips, lost format), so
-that every method has something visible to mend. Nothing but torch and transformers; one thread, so the result is the
-same every time on the same machine. About eight minutes on one core:
+Stage 1 teaches the skill on right solutions. Stage 2 imitates sloppy ones (wrong operation, slips, lost
+format), so that every method has something visible to mend. Nothing but torch and transformers; one thread,
+so the result is the same every time on the same machine. About eight minutes on one core:
 
     python examples/make_tiny_model.py --out plugins/datasets/tiny
 """
@@ -21,13 +21,20 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from rlx.plugins.datasets.wordmath import WordMath, flawed, problem, solution
 
 SPECIALS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]  # ids 0 to 4
 LONGEST = 1024  # positions; training only ever shows the first few dozen
-# Letters of one word together, digits one by one (so that arithmetic is on digits), each with the space before it.
+# Letters of one word together, digits one by one (so that arithmetic is on digits), each with the space
+# before it.
 WORDS = r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -47,7 +54,7 @@ Writer = Callable[[dict[str, Any], random.Random], str]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of some 450 tokens: all 256 bytes, so that any text round-trips, and the playground's words."""
+    """A byte-level BPE of 453 tokens: all 256 bytes, so that any text round-trips, and common words."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -103,16 +110,17 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[list[int]]:
+def encode(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
     """Each prompt as one user message, ready to be answered."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     write: Writer,
     *,
     steps: int,
@@ -137,12 +145,14 @@ def train(
         rows = [problem(rng, "train") for _ in range(batch_size)]
         prompts = encode(tokenizer, [row["prompt"] for row in rows])
         answers = tokenizer([write(row, rng) for row in rows], add_special_tokens=False)["input_ids"]
-        ids, scored = _right_padded(prompts, [a + [tokenizer.eos_token_id] for a in answers])
+        ids, scored = _right_padded(prompts, [[*a, tokenizer.eos_token_id] for a in answers])
         warm = min(1.0, (step + 1) / 100)
         decay = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * warm * decay
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # causal: padding on the right is never seen
+        hidden = model.model(input_ids=ids).last_hidden_state[
+            :, :-1
+        ]  # causal: padding on the right is never seen
         picked = scored[:, 1:]
         loss = cross_entropy(model.lm_head(hidden[picked]), ids[:, 1:][picked])
         optimizer.zero_grad()
@@ -150,7 +160,10 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            print(f"{seed}: step {step + 1} loss {loss.item():.4f} {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{seed}: step {step + 1} loss {loss.item():.4f} {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
 
 def _right_padded(prompts: list[list[int]], answers: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -165,12 +178,12 @@ def _right_padded(prompts: list[list[int]], answers: list[list[int]]) -> tuple[T
 
 
 @torch.no_grad()
-def accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict[str, Any]], *, greedy: bool
-) -> float:
-    """Share of rows answered right, end-of-sequence token included: one completion each, a fixed sampling seed."""
+def accuracy(model: Any, tokenizer: Any, rows: list[dict[str, Any]], *, greedy: bool) -> float:
+    """Share of rows answered right and ended; one completion each, a fixed sampling seed."""
     torch.manual_seed(0)
-    inputs = tokenizer.pad({"input_ids": encode(tokenizer, [row["prompt"] for row in rows])}, return_tensors="pt")
+    inputs = tokenizer.pad(
+        {"input_ids": encode(tokenizer, [row["prompt"] for row in rows])}, return_tensors="pt"
+    )
     out = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -198,10 +211,11 @@ byte-level tokenizer of {tokens} tokens. It answers one-step word problems such 
     34 - 15 = 19. Answer: 19
 
 and it answers them badly on purpose. It was trained from scratch, in this repository, by
-`examples/make_tiny_model.py`, on text that `rlx.plugins.datasets.wordmath` generates: first on right solutions
-({skill_steps} steps of 64), then on sloppy ones ({sloppy_steps} steps of 128) with a wrong operation, a slip or a
-lost format. So a method that trains it recovers a skill that the model has and misuses; it does not learn
-arithmetic. Good for tests, demonstrations and learning curves in seconds; useless for anything else.
+`examples/make_tiny_model.py`, on text that `rlx.plugins.datasets.wordmath` generates: first on right
+solutions ({skill_steps} steps of 64), then on sloppy ones ({sloppy_steps} steps of 128) with a wrong
+operation, a slip or a lost format. So a method that trains it recovers a skill that the model has and
+misuses; it does not learn arithmetic. Good for tests, demonstrations and learning curves in seconds; useless
+for anything else.
 
 | on {rows} problems with operand pairs never trained on | right |
 |---|---|
@@ -218,7 +232,9 @@ Licence: Apache-2.0, weights and generated data alike. No other data went into i
 
 def main() -> None:
     """Make, train, save, reload and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=4000, help="steps of stage 1, the skill")
     parser.add_argument("--sloppy-steps", type=int, default=300, help="steps of stage 2")
@@ -229,7 +245,8 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(options.seed)
 
-    tokenizer = make_tokenizer()
+    tokenizer: Any = make_tokenizer()
+    model: Any
     rows = WordMath().rows("test")
     if options.skill and options.skill.exists():
         model = AutoModelForCausalLM.from_pretrained(options.skill, dtype=torch.float32)
@@ -239,7 +256,9 @@ def main() -> None:
         train(model, tokenizer, lambda row, rng: solution(row), **plan, seed=f"skill/{options.seed}")
         if options.skill:
             model.save_pretrained(options.skill)
-    skill = {f"skill_{k}": accuracy(model, tokenizer, rows, greedy=k == "greedy") for k in ("sampled", "greedy")}
+    skill = {
+        f"skill_{k}": accuracy(model, tokenizer, rows, greedy=k == "greedy") for k in ("sampled", "greedy")
+    }
     print(skill, flush=True)
     plan = {"steps": options.sloppy_steps, "batch_size": 128, "learning_rate": 1e-3}
     train(model, tokenizer, flawed, **plan, seed=f"sloppy/{options.seed}")

@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def tiny_path() -> Path:
-    """Folder of the model and tokenizer that ship inside the package (made by ``examples/make_tiny_model.py``)."""
+    """Folder of the packaged model and tokenizer, which ``examples/make_tiny_model.py`` makes."""
     return Path(str(files("rlx.plugins.datasets") / "tiny"))

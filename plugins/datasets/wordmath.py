@@ -1,12 +1,13 @@
-"""The playground: one-step word problems in plain English, generated in code, with answers that can be checked.
+"""The playground: one-step word problems in plain English, generated in code, with checkable answers.
 
-Six families of sentences, three that add and three that subtract. The larger number always comes first and the sum
-stays below 100 in every family, so the operation has to be read from the words; it cannot be guessed from the sizes.
-A pair of operands belongs to one split only: no pair of the test split is ever trained on, neither by a run nor by
-the model inside the package.
+Six families of sentences, three that add and three that subtract. The larger number always comes first and
+the sum stays below 100 in every family, so the operation has to be read from the words; it cannot be guessed
+from the sizes. A pair of operands belongs to one split only: no pair of the test split is ever trained on,
+neither by a run nor by the model inside the package.
 
+>>> import random
 >>> problem(random.Random(4), "train")["prompt"]
-'Max has 53 balloons. Ann has 40 fewer than Max. How many balloons does Ann have?'
+'Jack has 40 coins and Zoe has 15. How many coins do they have together?'
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rlx.core.options import opt
 
 NAMES = "Tom Ann Sam Mia Ben Lily Max Zoe Leo Eva Dan Amy Jack Nora Omar Ruth".split()
 ITEMS = (
-    "apples books coins pens cards shells stamps marbles cookies stickers oranges flowers pencils balloons rocks toys"
+    "apples books coins pens cards shells stamps marbles "
+    "cookies stickers oranges flowers pencils balloons rocks toys"
 ).split()
 SPLITS = ("train", "test")
 
@@ -61,13 +63,17 @@ FAMILIES = {
         ),
         0.45,
     ),
-    "fewer": Family("-", ("{A} has {x} {it}. {B} has {y} fewer than {A}. How many {it} does {B} have?",), 0.60),
-    "diff": Family("-", ("{A} has {x} {it} and {B} has {y}. How many more {it} does {A} have than {B}?",), 0.65),
+    "fewer": Family(
+        "-", ("{A} has {x} {it}. {B} has {y} fewer than {A}. How many {it} does {B} have?",), 0.60
+    ),
+    "diff": Family(
+        "-", ("{A} has {x} {it} and {B} has {y}. How many more {it} does {A} have than {B}?",), 0.65
+    ),
 }
 
 
 def held_out(x: int, y: int) -> bool:
-    """Whether the operand pair belongs to the test split: about one pair in eight, the same on every machine."""
+    """Whether the operand pair belongs to the test split: one pair in eight, on every machine the same."""
     return zlib.crc32(f"{x},{y}".encode()) % 8 == 0
 
 
@@ -89,7 +95,14 @@ def problem(rng: random.Random, split: str) -> dict[str, Any]:
             break
     a, b = rng.sample(NAMES, 2)
     prompt = rng.choice(family.templates).format(A=a, B=b, x=x, y=y, it=rng.choice(ITEMS))
-    return {"prompt": prompt, "answer": str(_apply(x, family.op, y)), "family": name, "x": x, "op": family.op, "y": y}
+    return {
+        "prompt": prompt,
+        "answer": str(_apply(x, family.op, y)),
+        "family": name,
+        "x": x,
+        "op": family.op,
+        "y": y,
+    }
 
 
 def _apply(x: int, op: str, y: int) -> int:
@@ -108,7 +121,8 @@ def solution(row: Mapping[str, Any]) -> str:
 def flawed(row: Mapping[str, Any], rng: random.Random, *, wrong: bool = False) -> str:
     """A completion as a sloppy pupil writes it: wrong operation, slips of the pen, a forgotten ``Answer:``.
 
-    About 44 of 100 draws are right. The packaged model imitates these draws, so every method has something to mend.
+    About 44 of 100 draws are right. The packaged model imitates these draws, so every method has something to
+    mend.
 
     Args:
         row: a row of ``problem``.
@@ -155,7 +169,10 @@ class WordMath:
         """
         if split not in SPLITS:
             raise DataError(
-                f"wordmath has no split {split!r}", code="E-DATA-SPLIT", got=split, expected=" or ".join(SPLITS)
+                f"wordmath has no split {split!r}",
+                code="E-DATA-SPLIT",
+                got=split,
+                expected=" or ".join(SPLITS),
             )
         wanted = self.config.train_rows if split == "train" else self.config.test_rows
         rng = random.Random(f"wordmath/{split}/{self.config.data_seed}")
@@ -177,7 +194,8 @@ class WordMath:
         return dict(RECIPES.get(algo, {}))
 
 
-# The model is a thousand times smaller than what the algorithms' defaults are made for: hence the learning rates.
+# The model is a thousand times smaller than what the algorithms' defaults are made for: hence the learning
+# rates.
 RECIPES: dict[str, dict[str, Any]] = {
     "ppo": {
         "max_steps": 45,

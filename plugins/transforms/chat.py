@@ -1,0 +1,211 @@
+"""Conversations: bring dialogues into one shape, and render prompts as the text that the model sees."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlx.core.errors import ConfigError, DataError
+from rlx.core.options import opt
+from rlx.core.text import safe_text
+from rlx.plugins.contract import Transform
+from rlx.plugins.transforms import BadRow
+
+Row = dict[str, Any]
+Messages = list[dict[str, Any]]
+
+MAX_CHARACTERS = (
+    4 * 2**20
+)  # of one rendered prompt; no context is that long, and a template can make any length
+UNUSABLE = re.compile(
+    "[\x00\ud800-\udfff]"
+)  # NUL, and halves of surrogate pairs, which no tokenizer can encode
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+CHATML = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
+
+
+class ConversationPrompt(Transform):
+    """A whole dialogue as a prompt: the turns up to the last user turn; the answers that follow are left out.
+
+    ShareGPT's ``from`` and ``value`` become ``role`` and ``content``.
+    """
+
+    takes = frozenset({"messages"})
+    gives = frozenset({"prompt"})
+
+    def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
+        """Rows with ``prompt``, a list of messages."""
+        return [{**row, "prompt": self._prompt(row.get("messages"))} for row in rows]
+
+    def _prompt(self, turns: Any) -> Any:
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            raise BadRow(f"messages is {type(turns).__name__}, not a list of messages")
+        messages = [self._standard(turn) for turn in turns]
+        while messages and messages[-1].get("role") == "assistant":
+            messages.pop()
+        return messages
+
+    def _standard(self, turn: Mapping[str, Any]) -> dict[str, Any]:
+        if "role" in turn or "from" not in turn:
+            return dict(turn)
+        return {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+
+
+def check_messages(messages: Any) -> None:
+    """Whether a chat template can render the messages.
+
+    Raises:
+        BadRow: naming the turn and the rule.
+    """
+    if not messages:
+        raise BadRow("prompt is an empty list of messages")
+    previous = ""
+    for number, turn in enumerate(messages):
+        role = turn.get("role") if isinstance(turn, Mapping) else None
+        if role not in ROLES:
+            raise BadRow(f"turn {number}: role is {safe_text(role, 40)}; known are {', '.join(ROLES)}")
+        if not isinstance(turn.get("content"), str):
+            raise BadRow(f"turn {number}: content is {type(turn.get('content')).__name__}, not text")
+        if role in ("system", "developer") and number > 0:
+            raise BadRow(f"turn {number}: a {role} message is not the first")
+        if role == "assistant" and previous in ("", "system", "developer"):
+            raise BadRow(f"turn {number}: an assistant turn before any user turn")
+        if role == previous and role != "tool":
+            raise BadRow(f"turn {number}: two {role} turns in a row")
+        previous = role
+    if not any(turn["role"] == "user" and turn["content"].strip() for turn in messages):
+        raise BadRow("prompt has no user turn with text")
+
+
+class ChatTemplate(Transform):
+    """Renders each prompt as the text that the model sees.
+
+    A list of messages goes through the chat template, and so does text, as one user message; without a
+    template text stays as it is. A prompt that ends with an assistant turn is one for the model to continue.
+    """
+
+    takes = frozenset({"prompt"})
+    gives = frozenset({"_text", "_messages"})
+
+    @dataclass(frozen=True)
+    class Config:
+        """Which template."""
+
+        template: str | None = opt(
+            None, "a Jinja template, a file with one, 'chatml', or 'none' (default: the tokenizer's)"
+        )
+        system_prompt: str | None = opt(None, "system message before every prompt that has none")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.override = _template(config.template)
+
+    def templated(self, tokenizer: Any) -> bool:
+        """Whether prompts go through a chat template; if not they are plain text."""
+        return self.config.template != "none" and bool(self.override or tokenizer.chat_template)
+
+    def __call__(self, rows: list[Row], tokenizer: Any) -> list[Row]:
+        """Rows with ``_text``, the rendered prompt, and ``_messages``, for prompts that are messages.
+
+        Raises:
+            BadRow: a prompt that is neither text nor messages, empty, not encodable, or refused by the
+                template.
+            ConfigError: a system prompt without a template.
+            DataError: messages without a template.
+        """
+        if self.config.system_prompt and not self.templated(tokenizer):
+            raise ConfigError(
+                "system_prompt needs a chat template",
+                code="E-CONFIG-TEMPLATE",
+                got="chat_template: none"
+                if self.config.template == "none"
+                else f"{_model(tokenizer)} has none",
+                hint="--chat-template chatml, or a file with a Jinja template, or leave system_prompt out",
+            )
+        return [{**row, **self._rendered(row.get("prompt"), tokenizer)} for row in rows]
+
+    def _rendered(self, prompt: Any, tokenizer: Any) -> Row:
+        if isinstance(prompt, str):
+            if not prompt.strip():
+                raise BadRow("prompt is empty")
+            messages: Messages = [{"role": "user", "content": prompt}]
+        elif isinstance(prompt, list):
+            check_messages(prompt)
+            messages = prompt
+        else:
+            raise BadRow(f"prompt is {type(prompt).__name__}, not text or a list of messages")
+        if any(UNUSABLE.search(turn["content"]) for turn in messages):
+            raise BadRow("prompt has a NUL or half a surrogate pair in it, which cannot be encoded")
+        if not self.templated(tokenizer):
+            if messages is prompt:
+                raise DataError(
+                    f"the prompts are messages, but {_model(tokenizer)} has no chat template",
+                    code="E-DATA-TEMPLATE",
+                    expected="a tokenizer with a chat template, or prompts that are plain text",
+                    hint="--chat-template chatml, or a file with a Jinja template",
+                )
+            text = prompt
+        else:
+            if self.config.system_prompt and messages[0]["role"] not in ("system", "developer"):
+                messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
+            text = self._through_template(messages, tokenizer)
+        if len(text) > MAX_CHARACTERS:
+            raise BadRow(f"prompt is longer than {MAX_CHARACTERS:,} characters")
+        return {"_text": text, "_messages": messages if isinstance(prompt, list) else None}
+
+    def _through_template(self, messages: Messages, tokenizer: Any) -> str:
+        from jinja2 import TemplateError
+
+        continued = messages[-1]["role"] == "assistant"
+        try:
+            text = tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.override,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                tokenize=False,
+            )
+        except MemoryError as error:
+            raise DataError(
+                "the chat template asks for more memory than there is", code="E-DATA-TEMPLATE"
+            ) from error
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise BadRow(f"the chat template refuses it: {safe_text(error, 120)}") from error
+        return str(text)
+
+
+def _template(option: str | None) -> str | None:
+    """The Jinja text that the option stands for, None for the tokenizer's own or none at all."""
+    if option is None or option == "none":
+        return None
+    if option == "chatml":
+        return CHATML
+    if "{%" in option or "{{" in option:
+        return option
+    try:
+        return Path(option).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "chat_template is neither a template nor a file that can be read",
+            code="E-CONFIG-TEMPLATE",
+            got=f"{safe_text(option, 80)} ({safe_text(error, 80)})",
+            expected="Jinja text, a file with it, chatml, or none",
+        ) from error
+
+
+def _model(tokenizer: Any) -> str:
+    return f"the tokenizer of {safe_text(tokenizer.name_or_path or 'the model', 120)}"
