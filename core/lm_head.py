@@ -177,8 +177,8 @@ def logits_logps(logits: Tensor, targets: Tensor, *, entropy: bool) -> tuple[Ten
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: what the driver or the system has, and what torch's cache holds
-    unused.""" if device.type == "cuda":
+    """Bytes that can still be allocated: free ones, and those that torch's cache holds unused."""
+    if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return int(psutil.virtual_memory().available)
@@ -223,8 +223,8 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
-        """Chunk by chunk: ∂logp/∂z = onehot − p and ∂H/∂z = −p (log p + H), then through transform and
-        product.""" hidden, weight, bias, targets, lse, entropies, kept = ctx.saved_tensors
+        """Chunk by chunk: ∂logp/∂z = onehot − p and ∂H/∂z = −p (log p + H), then on to the inputs."""
+        hidden, weight, bias, targets, lse, entropies, kept = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None

@@ -124,8 +124,8 @@ def _parts(sequences: Sequences, token_budget: int) -> list[Tensor]:
 
 
 def _in_order(values: list[Any], parts: list[Tensor], sequences: Sequences) -> Tensor:
-    """Values of the scored tokens of all parts, one part after another → (S,) in the order of the
-    sequences.""" counts = sequences.counts
+    """Values of the scored tokens of all parts, part after part → (S,) in the order of the sequences."""
+    counts = sequences.counts
     out = torch.zeros(int(counts.sum()), device=counts.device)
     if parts:
         out[flat_index(counts, torch.cat(parts))] = torch.cat(values)
