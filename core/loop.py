@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlx.core.evaluate import evaluate
 from rlx.core.meter import Meter, total
 from rlx.core.order import Order, share
 from rlx.core.rollout import RunScorer, Studio
@@ -114,7 +115,7 @@ class Run:
         Returns:
             The metrics of the log line, where this step writes one; else an empty dict.
         """
-        batch = self.algorithm.prepare(self.roll_out(), self.score)
+        batch = self.prepare(self.roll_out())
         for mini_batch in self.minibatches(batch):
             if self.update(mini_batch) == "stop":
                 break
@@ -129,9 +130,13 @@ class Run:
             prompts, self.algorithm.completions_per_prompt, self.algorithm.needs, self.global_step, list(mine)
         )
         self.rollouts = rollouts
-        self._observe(rollouts)
         self.events.emit("on_rollouts", run=self, rollouts=rollouts)
         return rollouts
+
+    def prepare(self, batch: Batch) -> Batch:
+        """What the algorithm makes of a batch, once, before the mini-batches: advantages, returns and the like."""
+        self.boundary = False
+        return self.algorithm.prepare(batch, self.score)
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Epochs × mini-batches of a prepared batch, shuffled anew each epoch.
@@ -168,20 +173,24 @@ class Run:
         return outcome.verdict
 
     def end_step(self, batch: Batch) -> dict[str, float]:
-        """Count the step, tell the callbacks, and write a log line when it is time.
+        """Count the step, evaluate and write a log line when it is time, and tell the callbacks.
 
         Returns:
             The log line, or an empty dict.
         """
+        if self.rollouts is not None:
+            self._observe(self.rollouts)
         for name, values in batch.metrics.items():
             self.meter.add(name, values)
         self.global_step += 1
         self.boundary = True
         last = self.global_step >= self.total_steps or self.stopping
+        every = self.settings.eval_steps
+        evaluating = last or (every is not None and self.global_step % every == 0)
         logged: dict[str, float] = {}
-        if self.global_step % self.settings.logging_steps == 0 or last:
+        if evaluating or self.global_step % self.settings.logging_steps == 0:
             logged = self._read_meter()
-            self.log(logged)
+            self.log(logged | (evaluate(self) if evaluating else {}))
         self.events.emit("on_step_end", run=self, metrics=logged)
         return logged
 
@@ -192,6 +201,7 @@ class Run:
         if self.is_main:
             self.folder.log_metrics(line)
         self.events.emit("on_log", run=self, metrics=line)
+        self.since, self.tokens_since = time.perf_counter(), self.tokens
 
     def _read_meter(self) -> dict[str, float]:
         now = time.perf_counter()
@@ -203,7 +213,7 @@ class Run:
             "tokens": float(self.tokens),
             "tokens_per_second": (self.tokens - self.tokens_since) / max(now - self.since, 1e-9),
         }
-        self.meter, self.since, self.tokens_since = Meter(), now, self.tokens
+        self.meter = Meter()
         self.studio.clock.seconds.clear()
         return dict(sorted(metrics.items()))
 

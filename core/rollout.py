@@ -86,7 +86,10 @@ class Studio:
 
     def sample(self, prompts: Prompts, n: int, seeds: Sequence[int], *, greedy: bool = False) -> Completions:
         """n completions of each prompt, in the precision that ``generation_dtype`` asks for."""
-        with self.clock.measure("generate"), generation_precision(self.policy.model, self.settings.generation_dtype):
+        with (
+            self.clock.measure("generate"),
+            generation_precision(self.policy.model, self.settings.generation_dtype),
+        ):
             self.generator.sync(self.policy)
             return self.generator.generate(prompts.ids, n, replace(self.sampling, greedy=greedy), seeds)
 
@@ -182,7 +185,9 @@ class Studio:
                 with self.reference.active() as module:
                     return score(module, sequences, **options)
             if model != "policy":
-                raise ValueError(f"score(sequences, model): model is 'policy' or 'reference' (if any), not {model!r}")
+                raise ValueError(
+                    f"score(sequences, model): model is 'policy' or 'reference' (if any), not {model!r}"
+                )
             head = self.policy.value_head if values else None
             now = score(self.policy.model, sequences, value_head=head, **options)
             if values and self.policy.value_model is not None:

@@ -7,6 +7,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,6 +29,15 @@ class Signals:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signum
+
+    def agreed(self, accelerator: Accelerator) -> int | None:
+        """The signal that any process received, the same answer on all of them."""
+        if accelerator.num_processes == 1:
+            return self.received
+        import torch
+
+        mine = torch.tensor([self.received or 0], device=accelerator.device)
+        return int(accelerator.gather(mine).max()) or None
 
     @contextmanager
     def caught(self) -> Iterator[Signals]:

@@ -54,9 +54,19 @@ class Updater:
     """
 
     def __init__(
-        self, policy: Policy, algorithm: Algorithm, settings: Settings, accelerator: Accelerator, total_updates: int
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        settings: Settings,
+        accelerator: Accelerator,
+        total_updates: int,
     ) -> None:
-        self.policy, self.algorithm, self.settings, self.accelerator = policy, algorithm, settings, accelerator
+        self.policy, self.algorithm, self.settings, self.accelerator = (
+            policy,
+            algorithm,
+            settings,
+            accelerator,
+        )
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, total_updates)
@@ -105,7 +115,9 @@ class Updater:
 
     def count(self, batch: Batch, by: str) -> float:
         """The count of one loss term over all processes, at least 1."""
-        return max(1.0, float(total(self.accelerator, self.algorithm.size(batch, by).to(self.accelerator.device))))
+        return max(
+            1.0, float(total(self.accelerator, self.algorithm.size(batch, by).to(self.accelerator.device)))
+        )
 
     def accumulate(self, batch: Batch, sizes: dict[str, float]) -> tuple[Meter, torch.Tensor, bool]:
         """Gradients of all micro-batches, from zero: metrics, this process's part of the loss, and whether it fitted."""
@@ -186,7 +198,11 @@ class Updater:
         """Take back what ``state_dict`` gave; bit-exact."""
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.scheduler.last_epoch = state["last_epoch"]
-        self.done, self.skipped_in_a_row, self.budget = state["done"], state["skipped_in_a_row"], state["budget"]
+        self.done, self.skipped_in_a_row, self.budget = (
+            state["done"],
+            state["skipped_in_a_row"],
+            state["budget"],
+        )
 
 
 def token_budget(settings: Settings, accelerator: Accelerator) -> int:

@@ -1,0 +1,231 @@
+"""Runs from beginning to end: prepare, train, resume. ``rlx.run`` and the command line both come through here."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlx.core import checkpoint, snapshot
+from rlx.core.assemble import assemble
+from rlx.core.assemble import dry_run as check_only
+from rlx.core.config import RunConfig, from_mapping
+from rlx.core.errors import CheckpointError, ConfigError, Interrupted, RlxError, SaveError
+from rlx.core.evaluate import evaluate
+from rlx.core.folder import RunFolder
+from rlx.core.signals import Signals
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rlx.core.loop import Run
+    from rlx.core.models import Policy
+
+log = logging.getLogger(__name__)
+FAILED_SAVES = 3
+OBJECTS = ("model", "tokenizer", "reference_model", "value_model")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves.
+
+    Attributes:
+        metrics: one dict a log line, as in metrics.jsonl.
+        completions: the samples that were kept, as in completions.jsonl.
+        policy: the trained policy; None after a dry run.
+        folder: the run folder; None after a dry run.
+        plan: what was done, a line each.
+    """
+
+    metrics: list[dict[str, Any]]
+    completions: list[dict[str, Any]]
+    policy: Policy | None
+    folder: Path | None
+    plan: list[str]
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The last log line, the last evaluation in it."""
+        return self.metrics[-1] if self.metrics else {}
+
+
+def prepare(config: RunConfig | None = None, **options: Any) -> Run:
+    """A run that is ready to be driven by hand: ``for metrics in run``, ``run.step()``.
+
+    Args:
+        config: a resolved configuration, or
+        options: options under the names of the flags; components and models may be objects.
+
+    Raises:
+        RlxError: whatever is wrong, before any weight is loaded where that can be known.
+    """
+    config, objects = resolve(config, options)
+    return assemble(config, objects)
+
+
+def run(config: RunConfig | None = None, *, dry_run: bool = False, **options: Any) -> Result:
+    """Train from beginning to end.
+
+    Args:
+        config: a resolved configuration, or
+        options: options under the names of the flags, for example ``algo="ppo", reward=my_function``.
+        dry_run: check everything that can be checked without weights, and return the plan.
+
+    Raises:
+        RlxError: the run could not start or go on; checkpoints and logs are in the run folder.
+    """
+    config, objects = resolve(config, options)
+    if dry_run:
+        return Result([], [], None, None, check_only(config, objects))
+    return train(assemble(config, objects))
+
+
+def resume(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Result:
+    """Go on with a run from its newest checkpoint that verifies.
+
+    Args:
+        folder: the run folder.
+        overrides: options that may differ from those that the run began with, with their new values.
+
+    Raises:
+        CheckpointError: there is no usable checkpoint, or the data or an option changed that was not overridden.
+    """
+    folder, overrides = Path(folder), dict(overrides or {})
+    config = stored_config(folder, overrides)
+    newest, broken = checkpoint.newest(folder)
+    for path, reason in broken:
+        log.warning("%s is not usable: %s", path, reason)
+    if newest is None:
+        raise CheckpointError(
+            "there is no checkpoint to resume from",
+            where=str(folder),
+            got="; ".join(f"{path.name}: {reason}" for path, reason in broken[:3])
+            or "no checkpoint-<step> folder",
+            hint="start again with rlx run and save_steps set",
+        )
+    run = assemble(config, {}, folder=RunFolder.open(folder))
+    try:
+        for warning in snapshot.check_identity(run, newest, overrides):
+            run.say(warning)
+        snapshot.restore(run, newest)
+    except BaseException:
+        run.folder.close()
+        raise
+    run.say(f"resuming from {newest.name} of {run.total_steps} steps")
+    return train(run)
+
+
+def stored_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
+    """The configuration that a run folder keeps, with some options changed."""
+    from rlx.core.yaml_file import read_config
+
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise CheckpointError(
+            "this is no run folder",
+            where=str(folder),
+            expected="a folder with config.yaml",
+            hint="rlx resume RUN_DIR",
+        )
+    values, where = read_config(file)
+    changed = {name.replace("-", "_"): value for name, value in overrides.items() if name != "data"}
+    return from_mapping({**values, **changed, "output_dir": str(folder)}, where)
+
+
+def resolve(config: RunConfig | None, options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration, and the model and tokenizer objects that were given in the place of names."""
+    if config is not None:
+        if options:
+            raise ConfigError(
+                "a RunConfig and options were both given", got=", ".join(options), hint="give one"
+            )
+        return config, {}
+    values, objects = dict(options), {}
+    for name in OBJECTS:
+        if name in values and not isinstance(values[name], str | Path | None):
+            objects[name] = values[name]
+            values[name] = f"object-{type(values[name]).__name__}"
+        elif isinstance(values.get(name), Path):
+            values[name] = str(values[name])
+    return from_mapping(values), objects
+
+
+def train(run: Run) -> Result:
+    """Drive a prepared run to its end: evaluations, checkpoints, signals, errors, the final policy.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        RlxError: or whatever else stopped it, after the callbacks were told.
+    """
+    signals, status = Signals(), "failed"
+    try:
+        with signals.caught():
+            run.events.emit("on_run_start", run=run)
+            if run.global_step == 0:
+                before = evaluate(run)
+                if before:
+                    run.log(before)
+            _walk(run, signals)
+            _keep(run)
+        status = "finished"
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        _rescue(run, error)
+        run.events.emit("on_error", run=run, error=error)
+        raise
+    finally:
+        with contextlib.ExitStack() as stack:
+            stack.callback(run.close, status)
+            run.events.emit("on_run_end", run=run)
+    return Result(run.metrics_history, run.folder.read_completions(), run.policy, run.folder.path, run.plan)
+
+
+def _walk(run: Run, signals: Signals) -> None:
+    failures = 0
+    for _ in run:
+        stopped = signals.agreed(run.accelerator)
+        due = run.settings.save_steps and run.global_step % run.settings.save_steps == 0
+        if due or stopped:
+            try:
+                snapshot.save(run)
+                failures = 0
+            except SaveError as error:
+                failures += 1
+                if stopped or failures >= FAILED_SAVES:
+                    raise
+                run.say(f"checkpoint not saved, training goes on ({failures} of {FAILED_SAVES}): {error}")
+        if stopped:
+            raise Interrupted(
+                f"signal {stopped} after step {run.global_step} of {run.total_steps}; everything is saved",
+                signum=stopped,
+                where=str(run.folder.path / f"checkpoint-{run.global_step}"),
+                hint=f"rlx resume {run.folder.path}",
+            )
+
+
+def _keep(run: Run) -> None:
+    """Write the final policy to the root of the run folder."""
+    if run.is_main:
+        run.policy.save_pretrained(run.folder.path)
+        run.events.emit("on_save", run=run, path=run.folder.path)
+    run.accelerator.wait_for_everyone()
+
+
+def _rescue(run: Run, error: BaseException) -> None:
+    """After a failure between two steps, or before the first optimizer step of one, nothing need be lost."""
+    done = run.global_step > 0 and not (run.folder.path / f"checkpoint-{run.global_step}").exists()
+    if (
+        isinstance(error, Interrupted | SaveError)
+        or not (run.boundary and done)
+        or run.accelerator.num_processes > 1
+    ):
+        return
+    try:
+        path = snapshot.save(run)
+    except RlxError as failure:
+        run.say(f"no checkpoint could be saved: {failure.what}")
+    else:
+        run.say(f"the last whole step is saved in {path}; go on with: rlx resume {run.folder.path}")

@@ -1,0 +1,163 @@
+"""What a checkpoint holds, and what must be the same for a run to go on from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlx.core import checkpoint
+from rlx.core.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from rlx.core.config import RunConfig
+    from rlx.core.loop import Run
+
+# Options that change what is written or shown, never what is computed.
+COSMETIC = frozenset({
+    "output_dir", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
+    "log_completions", "report_to", "plots", "progress", "reward_on_error", "callback", "max_eval_rows",
+    "eval_dataset", "no_plugin", "strict_plugins",
+})  # fmt: skip
+
+
+def save(run: Run) -> Path | None:
+    """Write ``checkpoint-<step>``; the state must be that between two steps.
+
+    Returns:
+        The folder; None on processes that do not write.
+
+    Raises:
+        SaveError: it could not be written; older checkpoints are as they were.
+        ValueError: in the middle of a step.
+    """
+    if not run.boundary:
+        raise ValueError("a checkpoint is taken between two steps, not inside one")
+    path = None
+    if run.is_main:
+        keep = run.settings.save_total_limit
+        path = checkpoint.write(
+            run.folder.path,
+            run.global_step,
+            lambda folder: _fill(run, folder),
+            identity=identity(run),
+            keep=keep,
+        )
+        run.events.emit("on_save", run=run, path=path)
+    run.accelerator.wait_for_everyone()
+    return path
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Give a freshly prepared run the state of a checkpoint that was verified."""
+    run.policy.load_trainable(folder)
+    state = checkpoint.load_state(folder / "state")
+    run.updater.load_state_dict(state["updater"])
+    run.algorithm.load_state_dict(state["algorithm"])
+    if run.studio.reference is not None:
+        run.studio.reference.load_state_dict(state["reference"])
+    if run.studio.rewards is not None:
+        run.studio.rewards.load_state_dict(state["rewards"])
+    run.meter.load_state_dict(state["meter"])
+    run.studio.clock.seconds.update(state["clock"])
+    run.global_step, run.tokens = state["step"], state["tokens"]
+    run.tokens_since = run.tokens
+    for name, callback in _stateful(run).items():
+        if name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][name])
+    run.folder.truncate_to(state["offsets"])
+    run.metrics_history[:] = run.folder.read_metrics()
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a resume compares: data, model, semantic options, versions, processes, threads."""
+    return {
+        "data": run.data.fingerprint,
+        "world_size": run.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": run.accelerator.device.type,
+        "torch": torch.__version__,
+        "config": semantic(run.config),
+        "config_sha256": hashlib.sha256(json.dumps(semantic(run.config)).encode()).hexdigest(),
+    }
+
+
+def semantic(config: RunConfig) -> dict[str, str]:
+    """The options that decide the numbers, as text."""
+    import yaml
+
+    values = yaml.safe_load(config.to_yaml())
+    return {
+        name: json.dumps(value, default=str) for name, value in sorted(values.items()) if name not in COSMETIC
+    }
+
+
+def check_identity(run: Run, folder: Path, overrides: Collection[str]) -> list[str]:
+    """Refuse to go on with other data or options; say what cannot be bit-exact.
+
+    Args:
+        run: freshly prepared, from the config that it would go on with.
+        folder: the checkpoint.
+        overrides: names that may differ; ``data`` stands for the data set.
+
+    Returns:
+        A warning a line.
+
+    Raises:
+        CheckpointError: with every difference that is not overridden, old → new.
+    """
+    old: Mapping[str, Any] = checkpoint.read_manifest(folder)["identity"]
+    new = identity(run)
+    allowed = {name.replace("-", "_") for name in overrides}
+    differing = [
+        f"{name}: {old['config'].get(name, 'unset')} → {new['config'].get(name, 'unset')}"
+        for name in sorted({*old["config"], *new["config"]})
+        if old["config"].get(name) != new["config"].get(name) and name not in allowed
+    ]
+    if old["data"] != new["data"] and "data" not in allowed:
+        differing.append("data: the rows of the data set are others")
+    if differing:
+        raise CheckpointError(
+            "the run would go on with other options than it began with",
+            code="E-RESUME-CHANGED",
+            where=str(folder),
+            got="; ".join(differing[:6]),
+            hint="restore them, or name what may change: rlx resume DIR --override NAME=VALUE",
+        )
+    return [
+        f"not bit-identical to an uninterrupted run: {name} {old[name]} → {new[name]}"
+        for name in ("torch", "device", "threads", "world_size")
+        if old[name] != new[name]
+    ]
+
+
+def _fill(run: Run, folder: Path) -> None:
+    run.policy.save_pretrained(folder)
+    state = {
+        "step": run.global_step,
+        "tokens": run.tokens,
+        "updater": run.updater.state_dict(),
+        "algorithm": run.algorithm.state_dict(),
+        "reference": {} if run.studio.reference is None else run.studio.reference.state_dict(),
+        "rewards": {} if run.studio.rewards is None else run.studio.rewards.state_dict(),
+        "meter": run.meter.state_dict(),
+        "clock": dict(run.studio.clock.seconds),
+        "callbacks": {name: callback.state_dict() for name, callback in _stateful(run).items()},
+        "offsets": run.folder.offsets(),
+    }
+    (folder / "state").mkdir()
+    checkpoint.save_state(folder / "state", state)
+
+
+def _stateful(run: Run) -> dict[str, Any]:
+    """Callbacks that have state, by class and place; a duck-typed callback need not have any."""
+    return {
+        f"{type(callback).__qualname__}-{number}": callback
+        for number, callback in enumerate(run.events.callbacks)
+        if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
+    }
