@@ -18,6 +18,18 @@ COMPONENTS = {
         "overlong": ("rlx.rewards.length:Overlong", "soft punishment near the longest length"),
         "repetition": ("rlx.rewards.repetition:Repetition", "penalty for repeated n-grams"),
     },
+    "transform": {
+        "column_map": ("rlx.plugins.transforms.columns:ColumnMap", "copies columns under other names"),
+        "conversation_prompt": (
+            "rlx.plugins.transforms.chat:ConversationPrompt",
+            "a dialogue up to its last user turn as the prompt",
+        ),
+        "drop_duplicates": ("rlx.plugins.transforms.columns:DropDuplicates", "one row of each prompt"),
+        "instruction_prompt": (
+            "rlx.plugins.transforms.columns:InstructionPrompt",
+            "Alpaca's instruction and input as the prompt",
+        ),
+    },
     "generator": {
         "native": (
             "rlx.plugins.generators.native:Native",
@@ -28,7 +40,7 @@ COMPONENTS = {
     "dataset": {
         "wordmath": (
             "rlx.plugins.datasets.wordmath:WordMath",
-            "small tasks with checkable answers, generated in code",
+            "one-step word problems with checkable answers, generated in code",
         ),
     },
 }
