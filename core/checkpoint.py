@@ -26,7 +26,18 @@ from rlx.core.errors import CheckpointError, SaveError
 from rlx.core.state import load_state, save_state
 from rlx.core.text import safe_text
 
-__all__ = ["clean", "latest", "load_state", "newest", "read_manifest", "save_state", "verify", "write"]
+__all__ = [
+    "clean",
+    "is_ours",
+    "latest",
+    "load_state",
+    "newest",
+    "read_manifest",
+    "save_state",
+    "sync_tree",
+    "verify",
+    "write",
+]
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -134,6 +145,23 @@ def clean(root: Path) -> None:
     for entry in sorted(root.iterdir()) if root.is_dir() else ():
         if _OWN_LEFTOVER.fullmatch(entry.name):
             _remove(entry)
+
+
+def is_ours(folder: Path) -> bool:
+    """True for a checkpoint folder, whole or broken, that has a manifest."""
+    known = _NAME.fullmatch(folder.name.partition(".broken-")[0])
+    return bool(known) and not folder.is_symlink() and (folder / MANIFEST).is_file()
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file below a folder, and the folders, to the disk."""
+    for path in _walk(folder):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Training state on disk: nested dicts, lists and tuples of tensors and plain values, without pickle.
 
 ``state.json`` holds the structure and the plain values, ``state.safetensors`` the tensors. Reading executes
-no code. What JSON cannot say exactly (tuples, keys that are no text, floats that are not finite) is written with
-an explicit tag; other floats come back bit for bit: JSON writes Python's shortest exact representation.
+no code. What JSON cannot say exactly (tuples, keys that are no text, floats that are not finite) is written
+with an explicit tag; other floats come back bit for bit: JSON writes Python's shortest exact representation.
 """
 
 from __future__ import annotations
