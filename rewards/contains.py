@@ -17,7 +17,9 @@ class Contains(Reward):
     class Config:
         """Options of contains."""
 
-        keywords: list[str] = opt(doc="pieces of text to look for; 'cat' is found in 'concatenate' too")
+        keywords: list[str] = opt(
+            doc="pieces of text to look for; 'cat' is found in 'concatenate' too; repeat the flag"
+        )
         mode: str = opt("any", "how many of them must be there", choices=("any", "all"))
         ignore_case: bool = opt(True, "look for them without regard to upper and lower case")
 
@@ -28,7 +30,7 @@ class Contains(Reward):
                 "reward 'contains' needs keywords that are not empty",
                 code="E-CONFIG-VALUE",
                 got=repr(config.keywords)[:80],
-                hint="give them as one list: --contains.keywords yes,certainly",
+                hint="repeat the flag: --contains.keywords yes --contains.keywords certainly",
             )
         self._keywords = [self._normal(keyword) for keyword in config.keywords]
         self._enough = all if config.mode == "all" else any
