@@ -68,13 +68,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
         number += 1
         if len(raw) > MAX_ROW_BYTES:
             raise _bad(f"{name}:{number}", "row too long", f"over {MAX_ROW_BYTES:,} bytes")
-        if number == 1:
-            raw = raw.removeprefix(BOM)
-        try:
-            text = raw.decode("utf-8").strip("\r\n")
-        except UnicodeDecodeError as error:
-            got = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
-            raise _bad(f"{name}:{number}", "invalid UTF-8", got) from error
+        text = _decode(raw, number, name).strip("\r\n")
         if text.strip():
             yield number, text
 
@@ -106,42 +100,43 @@ def _json(file: IO[bytes], name: str) -> Iterator[tuple[Row, str]]:
 
 
 def _csv(file: IO[bytes], name: str) -> Iterator[tuple[Row, str]]:
+    number = 0  # lines handed to the reader; its own line_num lags behind where a row is malformed
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        for number, text in _decoded(file, name):  # noqa: B007  # read below
+            yield text
+
     limit = csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.DictReader((f"{text}\n" for text in _decoded(file, name)), strict=True)
     try:
+        reader = csv.DictReader(lines(), strict=True)
         columns = reader.fieldnames or []
         if len(set(columns)) < len(columns):
             raise _bad(f"{name}:1", "a column name twice", ", ".join(columns), "each column name once")
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise _bad(f"{name}:{reader.line_num}", "invalid CSV", str(error)) from error
-            place = f"{name}:{reader.line_num}"
+        for row in reader:
+            place = f"{name}:{number}"
             if None in row:
-                raise _bad(
-                    place, "more fields than columns", f"{len(columns) + len(row[None])}", f"{len(columns)}"
-                )
+                got = f"{len(columns) + len(row[None])}"
+                raise _bad(place, "more fields than columns", got, f"{len(columns)}")
             yield row, place
+    except csv.Error as error:
+        raise _bad(f"{name}:{number}", "invalid CSV", str(error)) from error
     finally:
         csv.field_size_limit(limit)
 
 
-def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
-    """Lines as text, blank ones too: a quoted CSV field may contain them."""
+def _decoded(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text) of each line, blank ones too: a quoted CSV field may contain them."""
     for number, raw in enumerate(file, 1):
-        try:
-            yield (
-                (raw.removeprefix(BOM) if number == 1 else raw)
-                .decode("utf-8")
-                .removesuffix("\n")
-                .removesuffix("\r")
-            )
-        except UnicodeDecodeError as error:
-            got = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
-            raise _bad(f"{name}:{number}", "invalid UTF-8", got) from error
+        yield number, _decode(raw, number, name).rstrip("\r\n") + "\n"
+
+
+def _decode(raw: bytes, number: int, name: str) -> str:
+    try:
+        return (raw.removeprefix(BOM) if number == 1 else raw).decode("utf-8")
+    except UnicodeDecodeError as error:
+        got = f"byte 0x{raw[error.start]:02x} at byte {error.start + 1} of the line"
+        raise _bad(f"{name}:{number}", "invalid UTF-8", got) from error
 
 
 def _parquet(file: IO[bytes], name: str) -> Iterator[tuple[Row, str]]:
