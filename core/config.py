@@ -100,10 +100,10 @@ def from_mapping(values: Mapping[str, Any], where: Mapping[str, str] | None = No
         ConfigError: for what is wrong; ErrorGroup if it is more than one thing.
         PluginError: for a component that does not load or keep its contract.
     """
-    return _Draft(values, where or {}).finish()
+    return Draft(values, where or {}).finish()
 
 
-class _Draft:
+class Draft:
     """A config in the making: raw values in, problems collected, one config out."""
 
     def __init__(self, values: Mapping[str, Any], where: Mapping[str, str]) -> None:
@@ -159,7 +159,7 @@ class _Draft:
     def load_plugins(self) -> None:
         """Choose which plugins there are before anything is looked up by name."""
         given = {name: self.given[name] for name in ("no_plugin", "strict_plugins") if name in self.given}
-        if not given:
+        if not any(given.values()):
             return
         from rlx.plugins.registry import discover
 
@@ -225,6 +225,13 @@ class _Draft:
         dotted = {name: value for name, value in self.given.items() if "." in name}
         self.problems += take_dotted(dotted, self.where, specs)
         return specs
+
+    def config_of(self, spec: Spec) -> type | None:
+        """The Config of a chosen component; None if it has none."""
+        found = resolve(spec.kind, spec.ref)
+        if not isinstance(found, type) or not hasattr(found, "Config"):
+            return None
+        return config_class(found, f"{spec.kind} {safe_text(spec.name, 80)}")
 
     def default(self, option: str) -> Any:
         """The value of an option that is not given."""

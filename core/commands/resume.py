@@ -1,0 +1,57 @@
+"""``rlx resume``: go on with a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlx.core.commands.failure import crash_report
+from rlx.core.commands.run import finished
+from rlx.core.errors import ConfigError
+from rlx.core.options import Plain
+from rlx.core.text import safe_text
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the run folder")],
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OPTION=VALUE",
+            help="an option that may differ from before, may be repeated; data alone accepts other data",
+        ),
+    ] = None,
+) -> None:
+    """Go on with a run from its newest checkpoint that verifies."""
+    overrides = read_overrides(override or [])
+    with crash_report(folder):
+        from rlx.core.run import resume as go_on
+
+        finished(go_on(folder, overrides))
+
+
+def read_overrides(words: list[str]) -> dict[str, Any]:
+    """``option=value`` words as a mapping; ``data`` alone accepts another data set.
+
+    Args:
+        words: as given to ``--override``.
+
+    Raises:
+        ConfigError: a word without a value.
+    """
+    out: dict[str, Any] = {}
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not sign and name != "data":
+            raise ConfigError(
+                f"--override {safe_text(word, 80)}: no value",
+                code="E-CONFIG-FLAG",
+                hint="--override option=value",
+            )
+        out[name.replace("-", "_")] = Plain(value)
+    return out
