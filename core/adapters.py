@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlx.core.errors import ConfigError
-from rlx.core.pretrained import ADAPTER_CONFIG_FILE, check_safetensors_file, read_json
+from rlx.core.pretrained import ADAPTER_CONFIG_FILE, check_finite, check_safetensors_file, read_json
 from rlx.core.text import safe_text
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -76,7 +77,8 @@ def add_lora(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
     )  # type: ignore[arg-type]
     try:
-        return get_peft_model(model, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
+        with _hushed():
+            return get_peft_model(model, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
     except ValueError as error:
         raise ConfigError(
             "no LoRA adapter fits this model",
@@ -106,14 +108,13 @@ def load_adapter(
     folder = Path(folder)
     described = _check_adapter(model, folder)
     try:
-        if not isinstance(model, PeftModel):
-            model = PeftModel.from_pretrained(
-                model, str(folder), adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=True
-            )
-        else:
-            model.load_adapter(
-                str(folder), adapter_name=name, is_trainable=trainable, autocast_adapter_dtype=True
-            )
+        with _hushed():
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), adapter_name=name, is_trainable=trainable)
+            else:
+                model = PeftModel.from_pretrained(
+                    model, str(folder), adapter_name=name, is_trainable=trainable
+                )
     except (ValueError, RuntimeError) as error:
         raise ConfigError(
             "the adapter does not fit the model",
@@ -122,7 +123,34 @@ def load_adapter(
             got=safe_text(error, 300),
             expected=f"an adapter of {described}",
         ) from error
+    _check_complete(model, name, folder)
     return model
+
+
+def _check_complete(model: nn.Module, name: str, folder: Path) -> None:
+    """Every weight of a loaded adapter came from its file, and is finite."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with safe_open(str(folder / ADAPTER_FILE), framework="pt") as tensors:
+        missing = sorted(set(own) - set(tensors.keys()))
+    if missing:
+        raise ConfigError(
+            "the adapter is incomplete",
+            code="E-ADAPTER",
+            where=str(folder / ADAPTER_FILE),
+            got=f"{len(missing)} weights are missing, first {safe_text(missing[0], 120)}",
+        )
+    check_finite(own, str(folder / ADAPTER_FILE))
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Without the warnings that peft sets off in transformers by asking for renamed properties."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
@@ -283,7 +311,8 @@ def snapshot(model: Any, name: str) -> None:
     before = {key: p.requires_grad for key, p in model.named_parameters()}
     config = copy.deepcopy(model.peft_config[active])
     config.inference_mode = True
-    model.add_adapter(name, config)
+    with _hushed():
+        model.add_adapter(name, config)
     model.set_adapter(active)
     trained = adapter_parameters(model, active)
     with torch.no_grad():

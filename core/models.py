@@ -86,25 +86,25 @@ class Policy:
         return own
 
     def without_dropout(self) -> None:
-        """Set every dropout probability of the model to zero; the saved config keeps what it declared."""
+        """Set every dropout probability to zero; the saved config keeps what it declared."""
+        for model in (self.model, self.value_model):
+            if model is not None:
+                remove_dropout(model)
         config = self.base.config.get_text_config(decoder=True)
         for name, value in list(vars(config).items()):
             if _is_dropout(name, value):
                 self._declare(config, name, 0.0)
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.p = 0.0
-            # Attention layers keep the probability of their functional dropout as a plain number.
-            for name, value in list(vars(module).items()):
-                if _is_dropout(name, value):
-                    setattr(module, name, 0.0)
 
     def with_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass."""
         with warnings.catch_warnings():
             # A newer name exists in the newest transformers only; the old one works in all that we support.
             warnings.simplefilter("ignore", FutureWarning)
-            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for model in (self.base, None if self.value_model is None else self.value_model.backbone):
+                if model is not None:
+                    model.gradient_checkpointing_enable(
+                        gradient_checkpointing_kwargs={"use_reentrant": False}
+                    )
         if adapters.is_adapted(self.model):
             # Frozen embeddings give inputs without gradient; the first checkpointed layer needs one that has.
             self.base.enable_input_require_grads()
@@ -181,6 +181,7 @@ def load_policy(
     model: Any = None,
     *,
     values: bool = False,
+    value_model: Any = None,
 ) -> Policy:
     """The policy, ready to train on the accelerator's device.
 
@@ -190,6 +191,7 @@ def load_policy(
         tokenizer: an object to use instead of the one that the settings name.
         model: a model object to use instead of the one that the settings name, in its own dtype.
         values: whether the algorithm needs a value function.
+        value_model: a model object to use instead of the one that the settings name.
 
     Raises:
         ConfigError: the model, tokenizer or adapter cannot be used as asked.
@@ -204,6 +206,8 @@ def load_policy(
     check_vocabulary(model, tokenizer)
     model.to(device)
     policy = Policy(_adapted(settings, model), tokenizer, report=report)
+    if values:
+        _add_values(policy, settings, value_model, device, dtype)
     if settings.disable_dropout:
         policy.without_dropout()
     if settings.lora_r and settings.lora_dropout:
@@ -212,14 +216,12 @@ def load_policy(
         upcast_norms(policy.model)
     if settings.gradient_checkpointing:
         policy.with_gradient_checkpointing()
-    if not policy.trainable():
+    if not any(parameter.requires_grad for parameter in policy.model.parameters()):
         raise ConfigError(
             "the model has 0 trainable parameters",
             code="E-MODEL-FROZEN",
             hint="set requires_grad on some weights, or train an adapter with --lora-r 16",
         )
-    if values:
-        _add_values(policy, settings, device, dtype)
     return policy
 
 
@@ -289,17 +291,32 @@ def _adapted(settings: Settings, model: Any) -> Any:
     return model
 
 
-def _add_values(policy: Policy, settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
-    if settings.value_model is None:
+def _add_values(
+    policy: Policy, settings: Settings, given: Any, device: torch.device, dtype: torch.dtype
+) -> None:
+    if given is not None:
+        policy.value_model = ValueModel.around(given).to(device)
+    elif settings.value_model is not None:
+        source = Source.of(
+            settings.value_model, role="value_model", trust_remote_code=settings.trust_remote_code
+        )
+        policy.value_model = ValueModel.load(source, dtype=dtype, report=policy.report).to(device)
+    else:
         head = ValueHead(policy.hidden_size)
-        origin = load_head_beside(head, Path(settings.adapter)) if settings.adapter else "zeros"
-        if origin == "zeros":
-            origin = load_head_beside(head, Source.of(settings.model, role="model").folder)
+        folders = [Path(name) for name in (settings.adapter, policy.base.name_or_path) if name]
+        policy.report.append(f"value head: from {load_head_beside(head, folders)}")
         policy.value_head = head.to(device)
-        policy.report.append(f"value head: from {origin}")
-        return
-    source = Source.of(settings.value_model, role="value_model", trust_remote_code=settings.trust_remote_code)
-    policy.value_model = ValueModel.load(source, dtype=dtype, report=policy.report).to(device)
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Set the probability of every dropout layer, and of the functional dropout of attention layers, to zero."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        # Attention layers keep the probability of their functional dropout as a plain number.
+        for name, value in list(vars(module).items()):
+            if _is_dropout(name, value):
+                setattr(module, name, 0.0)
 
 
 def _is_dropout(name: str, value: object) -> bool:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlx.core.errors import ConfigError, DivergedError
 from rlx.core.settings import EMBEDDED
@@ -133,7 +133,7 @@ def load_weights(
             expected=f"every weight of {type(model).__name__}; nothing is filled with random numbers",
             hint="check that the folder holds a whole model of this architecture",
         )
-    check_finite(model, f"{source.role} {source.name}")
+    check_finite(dict(model.named_parameters()), f"{source.role} {source.name}")
     return model
 
 
@@ -160,20 +160,20 @@ def restore_weights(model: Any, folder: Path) -> None:
             tensor.copy_(saved[name])
 
 
-def check_finite(model: nn.Module, where: str) -> None:
+def check_finite(weights: Mapping[str, Tensor], where: str) -> None:
     """Refuse weights that are NaN or infinite.
 
     Raises:
-        DivergedError: with the first such parameter's name.
+        DivergedError: with the first such weight's name.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
+    for name, tensor in weights.items():
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
             raise DivergedError(
-                f"the weight {name!r} is not finite",
+                f"the weight {safe_text(name, 120)!r} is not finite",
                 code="E-MODEL-NONFINITE",
                 where=where,
-                got=f"{bad} of {parameter.numel()} numbers are NaN or infinite",
+                got=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
                 hint="use weights from before they diverged",
             )
 
@@ -212,18 +212,21 @@ def check_code(source: Source, file: Path) -> None:
     Raises:
         ConfigError: ``auto_map`` in the file and ``trust_remote_code`` off. Nothing was imported.
     """
-    if source.trust_remote_code or not file.is_file():
-        return
-    mapped = read_json(file).get("auto_map")
-    if mapped:
-        raise ConfigError(
-            f"{source.role} {source.name!r} wants to run Python code that lies beside it",
-            code="E-MODEL-CODE",
-            where=f"auto_map in {file}",
-            got=safe_text(json.dumps(mapped), 120),
-            expected="trust_remote_code, given on purpose; nothing was imported",
-            hint="read the code, then --trust-remote-code; or remove auto_map to use transformers' own class",
-        )
+    if not source.trust_remote_code and file.is_file():
+        mapped = read_json(file).get("auto_map")
+        if mapped:
+            raise _needs_code(source, where=f"auto_map in {file}", got=safe_text(json.dumps(mapped), 120))
+
+
+def _needs_code(source: Source, *, where: str = "", got: str = "") -> ConfigError:
+    return ConfigError(
+        f"{source.role} {source.name!r} wants to run Python code that lies beside it",
+        code="E-MODEL-CODE",
+        where=where,
+        got=got,
+        expected="trust_remote_code, given on purpose; nothing was imported",
+        hint="read the code, then --trust-remote-code; or remove auto_map to use transformers' own class",
+    )
 
 
 def check_safetensors(source: Source, folder: Path) -> None:
@@ -300,6 +303,8 @@ def translated(source: Source) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
+        if "trust_remote_code" in str(error):
+            raise _needs_code(source) from error
         if source.folder is None:
             raise _unreachable(source, error) from error
         raise ConfigError(

@@ -108,8 +108,18 @@ def build_reference(
         return _named(settings, settings.reference_model, policy, device)
     if settings.reference_adapter:
         return _adapter(settings.reference_adapter, policy)
+    return _at_the_start(policy)
+
+
+def _at_the_start(policy: Policy) -> Reference:
+    """The policy as it is now, by the cheapest kind that stays as it is while the policy is trained."""
     if not adapters.is_adapted(policy.model):
         return Reference("copy", _frozen(copy.deepcopy(policy.model)))
+    if REFERENCE in policy.model.peft_config:  # a model from Python may bring its reference along
+        return Reference("adapter", policy.model)
+    adapter = adapters.adapter_parameters(policy.model, policy.model.active_adapter)
+    if any(p.requires_grad and name not in adapter for name, p in policy.model.named_parameters()):
+        return Reference("copy", _frozen(copy.deepcopy(policy.model)))  # part of the base is trained along
     if adapters.is_identity(policy.model):
         return Reference("adapter off", policy.model)
     adapters.snapshot(policy.model, REFERENCE)

@@ -7,6 +7,7 @@ well.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +83,31 @@ class ValueModel(nn.Module):
         config = load_config(source)
         if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
             if config.num_labels != 1:
-                raise ConfigError(
-                    f"value_model {source.name!r} has {config.num_labels} outputs",
-                    code="E-VALUE-HEAD",
-                    expected="a reward model with num_labels 1, or a causal language model",
-                )
-            whole: Any = load_weights(source, AutoModelForSequenceClassification, config, dtype=dtype)
-            head = ValueHead(_hidden_size(config))
-            fill_value_head(head, whole.score.weight, whole.score.bias, where=source.name)
-            model, origin = cls(whole.base_model, head), "the reward model's score"
+                raise _several_outputs(source.name, config.num_labels)
+            model = cls.around(load_weights(source, AutoModelForSequenceClassification, config, dtype=dtype))
+            origin = "the reward model's score"
         else:
-            model = cls(load_weights(source, AutoModel, config, dtype=dtype), ValueHead(_hidden_size(config)))
-            origin = load_head_beside(model.head, source.folder)
+            model = cls.around(load_weights(source, AutoModel, config, dtype=dtype))
+            origin = load_head_beside(model.head, [] if source.folder is None else [source.folder])
         if report is not None:
             report.append(f"value model: {source.name}, head from {origin}")
         return model
+
+    @classmethod
+    def around(cls, model: Any) -> ValueModel:
+        """A value model on the weights of a model object: a reward model's with its score, others from zero.
+
+        Raises:
+            ConfigError: a classifier with several outputs.
+        """
+        if isinstance(model, ValueModel):
+            return model
+        head = ValueHead(_hidden_size(model.config))
+        if type(model).__name__.endswith("ForSequenceClassification"):
+            if model.config.num_labels != 1:
+                raise _several_outputs(model.name_or_path, model.config.num_labels)
+            fill_value_head(head, model.score.weight, model.score.bias, where=model.name_or_path)
+        return cls(model.base_model, head)
 
     def values(self, sequences: Sequences, token_budget: int = 4096) -> Tensor:
         """The value of the state before each scored token.
@@ -151,11 +162,23 @@ def _hidden_size(config: Any) -> int:
     return int(config.get_text_config(decoder=True).hidden_size)
 
 
-def load_head_beside(head: ValueHead, folder: Path | None) -> str:
-    """Fill a head from a model's folder, if there is one in it; where it came from, for the report."""
+def _several_outputs(name: str, outputs: int) -> ConfigError:
+    return ConfigError(
+        f"value_model {name!r} has {outputs} outputs",
+        code="E-VALUE-HEAD",
+        expected="a reward model with num_labels 1, or a causal language model",
+    )
+
+
+def load_head_beside(head: ValueHead, folders: Iterable[Path]) -> str:
+    """Fill a head from the first of some model folders that has one.
+
+    Returns:
+        Where it came from, for the report; ``zeros`` if none has one and the head is as it was.
+    """
     from safetensors import safe_open
 
-    if folder is not None:
+    for folder in folders:
         beside, whole = folder / VALUE_HEAD_FILE, folder / "model.safetensors"
         if beside.is_file():
             load_value_head(head, beside)
