@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # comes with accelerate, without stubs
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable

@@ -19,8 +19,8 @@ K, V, D = 23, 41, 12
 
 
 def naive(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, softcap: float | None,
-    scale: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, softcap: float |
+    None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     logits = nn.functional.linear(hidden, weight, bias).float() * scale
     if softcap is not None:
@@ -137,9 +137,8 @@ def test_half_precision_reduces_in_float32() -> None:
 
 
 def test_weight_gradient_of_many_chunks_is_summed_in_float32() -> None:
-    """128 chunks of equal rows: bf16 sums would stop growing once an addend is below half a unit in the last place."""
-    hidden, weight = torch.ones(1024, D, dtype=torch.bfloat16), torch.zeros(V, D, dtype=torch.bfloat16)
-    weight.requires_grad_()
+    """128 chunks of equal rows: bf16 sums stop growing once an addend is below half a last place."""
+    hidden, weight = torch.ones(1024, D).bfloat16(), torch.zeros(V, D).bfloat16().requires_grad_()
     targets = torch.zeros(1024, dtype=torch.long)
     logps, _ = head_logps(hidden, weight, None, targets, chunk_bytes=8 * V * 4)
     logps.sum().backward()
