@@ -1,7 +1,7 @@
 """``rlx run --help``: every option in panels, for the algorithm and the components that were chosen.
 
-Names, documentation, bounds, choices, units and sources come from the declarations (``rlx.core.options``); the
-defaults shown are those that the run would have, and where they come from. Nothing here imports torch.
+All of it comes from the declarations (``rlx.core.options``); the defaults shown are those that the run
+would have, with their source. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -119,7 +119,8 @@ def _hidden(algorithm: Any) -> frozenset[str]:
 
 
 def _row(option: Option, draft: Draft | None, prefix: str = "") -> Row:
-    flag = f"--{prefix}{option.name}".replace("_", "-")
+    switch = "[no-]" if option.type is bool and not prefix else ""
+    flag = f"--{switch}{prefix}{option.name}".replace("_", "-")
     kind = _metavar(option)
     default, source = option.default, ""
     if draft is not None and option.name in draft.defaults:
@@ -127,7 +128,7 @@ def _row(option: Option, draft: Draft | None, prefix: str = "") -> Row:
     facts = []
     if default is MISSING:
         facts.append("required")
-    elif default not in (None, "", False, [], {}):
+    elif default is not False and default not in (None, "", [], {}):
         facts.append(f"default {_shown(default)}{f' ({source})' if source else ''}")
     if option.choices:
         facts.append(f"one of {', '.join(map(str, option.choices))}")

@@ -15,7 +15,10 @@ from rlx.core.text import safe_text
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
-PACKAGES = "torch transformers accelerate peft datasets pluggy safetensors tokenizers numpy typer rich matplotlib math-verify vllm"
+PACKAGES = (
+    "torch transformers accelerate peft datasets pluggy safetensors tokenizers numpy typer rich"
+    " matplotlib math-verify vllm"
+)
 GIB = 1 << 30
 
 

@@ -66,12 +66,12 @@ def told(error: BaseException) -> tuple[list[str], int]:
     lines = [f"[E-INTERNAL] {type(error).__name__}: {_first_line(error)}"]
     if frames:
         lines.append(f"  where:    {frames[-1].filename}:{frames[-1].lineno} in {frames[-1].name}")
-    hint = "the same command with --traceback shows more; report it with that and the output of rlx doctor"
+    hint = "run it again with --traceback; report it with that and the output of rlx doctor"
     return _fit([*lines, *notes, f"  do this:  {hint}"]), 1
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was exhausted, on the device or the host; known by name, so that torch need not be there."""
+    """Whether memory was exhausted, on the device or the host; known by name, so that torch is not imported."""
     return isinstance(error, MemoryError) or any(
         kind.__name__ == "OutOfMemoryError" and kind.__module__.partition(".")[0] == "torch"
         for kind in type(error).__mro__
