@@ -22,7 +22,7 @@ from rlx.core.lock import give_back, take
 
 METRICS, COMPLETIONS, MANIFEST, LOCK = "metrics.jsonl", "completions.jsonl", "manifest.json", ".lock"
 # What a run leaves at the root of its folder, beside the final policy's files that the manifest lists.
-OWN_FILES = (MANIFEST, METRICS, COMPLETIONS, "config.yaml", "README.md", "crash.txt")
+OWN_FILES = (MANIFEST, METRICS, COMPLETIONS, "config.yaml", "README.md", "crash.txt", "plots", "trackers")
 POLICY_FILES = (
     "config.json",
     "*.safetensors",
@@ -169,6 +169,8 @@ class RunFolder:
                 manifest = read_manifest(self.path)
                 self.write_json(MANIFEST, {**manifest, "files": sorted({*manifest.get("files", []), *names})})
                 for name in names:
+                    if name in manifest.get("files", []) and (self.path / name).is_dir():
+                        shutil.rmtree(self.path / name)
                     os.replace(aside / name, self.path / name)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -187,16 +189,25 @@ class RunFolder:
         self.completions.close()
         give_back(self._lock)
 
+    def discard(self) -> None:
+        """Give the folder back as if the run had never been: for a run that failed before it began."""
+        self.metrics.close()
+        self.completions.close()
+        self._delete_run()
+        give_back(self._lock)
+        with suppress(OSError):  # others may keep files here
+            self.path.rmdir()
+
     def _delete_run(self) -> None:
         listed = read_manifest(self.path).get("files", [])
         for name in (*OWN_FILES, *(name for name in listed if type(name) is str and Path(name).name == name)):
             file = self.path / name
-            if file.is_file() or file.is_symlink():
-                file.unlink()
-        for folder in (self.path / "plots", *self.path.glob("checkpoint-*")):
-            made_here = folder.name == "plots" or checkpoint.is_ours(folder)
-            if made_here and folder.is_dir() and not folder.is_symlink():
-                shutil.rmtree(folder)
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
+        for folder in filter(checkpoint.is_ours, self.path.glob("checkpoint-*")):
+            shutil.rmtree(folder)
         self.metrics, self.completions = JsonLines(self.path / METRICS), JsonLines(self.path / COMPLETIONS)
 
 
