@@ -76,7 +76,7 @@ class Signature:
             raise PluginError(
                 f"reward {name!r} {fault}", code="E-PLUGIN-REWARD", got=repr(fn)[:80], expected=expected
             )
-        parameters = inspect.signature(fn).parameters.values()
+        parameters = _parameters(fn)
         everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         names = frozenset(p.name for p in by_name)
@@ -90,12 +90,22 @@ class Signature:
                 expected=f"(completions, …): any of {', '.join(STANDARD)} and names of data-set columns",
             )
         required = [p.name for p in by_name if p.default is p.empty and p.name not in STANDARD]
-        declared = tuple(getattr(fn, "columns", ()))  # optional: plain functions have none
+        declared = getattr(fn, "columns", ())  # optional: plain functions have none
+        declared = [declared] if isinstance(declared, str) else [*declared]
         return cls(names, everything, tuple(dict.fromkeys([*declared, *required])))
 
     def takes(self, name: str) -> bool:
         """Whether the reward is given the argument."""
         return self.everything or name in self.names
+
+
+def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(fn).parameters.values())
+    except (
+        ValueError
+    ):  # written in C without a signature: taken for one that does not take completions by name
+        return []
 
 
 def definition(fn: Callable[..., Any]) -> str:
@@ -161,6 +171,12 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 os.register_at_fork(after_in_child=_event_loop.cache_clear)  # threads do not survive a fork
+
+
+def has_gradient(result: Any) -> bool:
+    """Whether a reward's result, or an item of it, is a tensor that requires grad."""
+    items = result if isinstance(result, list | tuple) else [result]
+    return any(isinstance(item, Tensor) and item.requires_grad for item in items)
 
 
 def read_items(result: Any, count: int) -> list[Any]:

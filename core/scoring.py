@@ -35,6 +35,7 @@ from rlx.core.reward_call import (
     Unusable,
     Value,
     definition,
+    has_gradient,
     read_items,
     read_value,
     start,
@@ -126,7 +127,7 @@ class RewardRunner:
 
         Args:
             prompts: N prompts, one a completion.
-            completions: N texts, special tokens left out; empty ones are legal.
+            completions: N texts, special tokens left out; empty ones are legal; if N = 0 no reward is called.
             completion_ids: N lists of token ids, the stop token included.
 
         Returns:
@@ -145,13 +146,14 @@ class RewardRunner:
             raise ValueError(f"one prompt and one list of ids a completion, but there are {counts}")
         began = time.perf_counter()
         batch = _Batch(prompts, completions, completion_ids)
-        values: dict[str, list[Value]] = {}
+        values: dict[str, list[Value]] = {reward.name: [] for reward in self.rewards}
+        called = self.rewards if completions else []
         metrics: dict[str, float] = {}
         calls: list[Future[Outcome]] = []
         try:
-            for reward in self.rewards:
+            for reward in called:
                 calls.append(start(reward.fn, self._arguments(reward, batch)))
-            for reward, call in zip(self.rewards, calls, strict=True):
+            for reward, call in zip(called, calls, strict=True):
                 outcome = call.result()
                 values[reward.name], errors = self._settle(reward, outcome, batch)
                 metrics[f"reward/{reward.name}/seconds"] = outcome.seconds
@@ -221,7 +223,7 @@ class RewardRunner:
         error = outcome.error
         if error is not None and not isinstance(error, Exception | asyncio.CancelledError):
             raise error  # KeyboardInterrupt or SystemExit out of an async reward
-        if isinstance(outcome.result, Tensor) and outcome.result.requires_grad:
+        if has_gradient(outcome.result):
             detached = (
                 "returned a tensor that requires grad; it is detached, no gradient flows through a reward"
             )

@@ -108,6 +108,21 @@ def test_columns_needed_are_those_declared_and_those_required():
     assert runner.columns_needed == {"a": ("answer", "hint"), "b": ("gold",)}
 
 
+def test_one_column_may_be_declared_as_text():
+    class Single(Graded):
+        columns = "hint"
+
+    assert RewardRunner([NamedReward("a", Single())]).columns_needed == {"a": ("hint", "answer")}
+
+
+def test_no_reward_is_called_without_completions():
+    def picky(completions):
+        return [1.0 / len(completions)]
+
+    scored = run(picky, [])
+    assert scored.score.shape == scored.rewards["r"].shape == (0,)
+
+
 def test_a_missing_column_is_a_data_error_with_a_suggestion():
     def reward(completions, answer):
         return lengths(completions)
@@ -123,6 +138,7 @@ def test_a_missing_column_is_a_data_error_with_a_suggestion():
         pytest.param(lambda answer: [1.0], id="no completions"),
         pytest.param(lambda completions, /: [1.0], id="positional only"),
         pytest.param(lambda *everything: [1.0], id="star only"),
+        pytest.param(getattr, id="written in C"),
         pytest.param(Graded, id="a class"),
         pytest.param(3.0, id="a number"),
     ],
@@ -206,9 +222,9 @@ def test_one_completion_and_an_empty_one_are_scored():
 
 
 def test_names_that_occur_twice_get_a_suffix():
-    rewards = [NamedReward(name, lengths) for name in ("length", "length_2", "length", "length")]
+    rewards = [NamedReward(name, lengths) for name in ("length", "length", "length_2", "length")]
     scored = RewardRunner(rewards).score(make_prompts(1), ["ab"], [[1]])
-    assert list(scored.rewards) == ["length", "length_2", "length_3", "length_4"]
+    assert list(scored.rewards) == ["length", "length_3", "length_2", "length_4"]
 
 
 def test_prompts_and_completions_must_pair_up():

@@ -161,9 +161,12 @@ def test_items_of_the_wrong_type_are_shown_inert_and_short():
     assert not set("\x1b\x9b\u202e\x07\n") & set(error.got)
 
 
-def test_fault_W9_a_tensor_with_gradient_is_detached_with_one_warning():
+@pytest.mark.parametrize(
+    "kind", [pytest.param(lambda t: t, id="fault[W9]"), pytest.param(list, id="fault[W9] items")]
+)
+def test_a_tensor_with_gradient_is_detached_with_one_warning(kind):
     weight = torch.tensor([1.0, 2.0, 3.0, 4.0], requires_grad=True)
-    runner = RewardRunner([NamedReward("len", lambda completions: weight * 2)])
+    runner = RewardRunner([NamedReward("len", lambda completions: kind(weight * 2))])
     arguments = make_prompts(4), ["a"] * 4, [[1]] * 4
     with pytest.warns(UserWarning, match="'len' returned a tensor that requires grad"):
         scored = runner.score(*arguments)
