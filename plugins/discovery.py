@@ -10,9 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import traceback
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING
 
 from rlx.core.errors import PluginError, RlxError
@@ -37,12 +36,14 @@ class Plugin:
         distribution: the installed package.
         version: its version.
         value: the entry point's value, ``pkg.mod`` or ``pkg.mod:object``.
+        api: major version of the plugin API, the number in the entry point's group.
     """
 
     name: str
     distribution: str
     version: str
     value: str
+    api: int = API
 
 
 @dataclass(frozen=True)
@@ -78,25 +79,21 @@ def load_plugins(registry: Registry, blocked: Collection[str]) -> None:
         registry: one with the built-ins.
         blocked: names of plugins or distributions that are not imported; ``*`` for all.
     """
-    seen = [
-        (api, Plugin(point.name, point.dist.name, point.dist.version, point.value))
-        for api, point in _points()
-    ]
-    for api, plugin in sorted(seen, key=lambda item: (item[1].name, item[1].distribution)):
-        same = [other for _, other in seen if other.name == plugin.name]
-        if {"*", plugin.name, plugin.distribution} & set(blocked):
-            registry.blocked |= {plugin.name, plugin.distribution}
-        elif api != API:
-            registry.broken[plugin.name] = Broken(plugin, f"needs plugin API {api}, this rlx has {API}")
+    installed = _installed()
+    registry.blocked += [p for p in installed if {"*", p.name, p.distribution} & set(blocked)]
+    wanted = [p for p in installed if p not in registry.blocked]
+    for plugin in wanted:
+        same = [f"{p.distribution} {p.version}" for p in wanted if p.name == plugin.name]
+        reason = ""
+        if plugin.api != API:
+            reason = f"needs plugin API {plugin.api}, this rlx has {API}"
         elif plugin.name == BUILTIN:
-            registry.broken[plugin.distribution] = Broken(
-                plugin, f"the plugin name {BUILTIN!r} belongs to the built-ins"
-            )
+            reason = f"the plugin name {BUILTIN!r} belongs to the built-ins"
         elif len(same) > 1:
-            offers = ", ".join(f"{other.distribution} {other.version}" for other in same)
-            registry.broken[plugin.name] = Broken(
-                plugin, f"several distributions offer a plugin of this name: {offers}"
-            )
+            reason = f"several distributions offer a plugin of this name: {', '.join(same)}"
+        if reason:
+            name = plugin.distribution if plugin.name == BUILTIN else plugin.name
+            registry.broken[name] = Broken(plugin, reason)
         else:
             _load(registry, plugin)
 
@@ -118,13 +115,17 @@ def admit(registry: Registry, found: object, name: str) -> None:
         raise
 
 
-def _points() -> Iterator[tuple[int, EntryPoint]]:
-    """Entry points of every group ``rlx.v<number>``, with that number."""
-    found = importlib.metadata.entry_points()
+def _installed() -> list[Plugin]:
+    """The entry points of every group ``rlx.v<number>``, in alphabetical order."""
+    found, plugins = importlib.metadata.entry_points(), []
     for group in found.groups:
         match = GROUP.fullmatch(group)
-        if match:
-            yield from ((int(match[1]), point) for point in found.select(group=group))
+        for point in found.select(group=group) if match else ():
+            # An entry point that was read from an installed distribution knows it.
+            plugins.append(
+                Plugin(point.name, point.dist.name, point.dist.version, point.value, int(match[1]))
+            )
+    return sorted(plugins, key=lambda plugin: (plugin.name, plugin.distribution))
 
 
 def _load(registry: Registry, plugin: Plugin) -> None:

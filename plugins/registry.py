@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import pluggy
 
-from rlx.core.errors import ConfigError, ErrorGroup, PluginError
+from rlx.core.errors import ConfigError, ErrorGroup, PluginError, RlxError
 from rlx.core.options import close
 from rlx.plugins import loading
 from rlx.plugins.contract import KINDS
@@ -75,13 +75,13 @@ class Registry:
 
     Attributes:
         broken: plugin name → why it failed to load.
-        blocked: names and distributions of plugins that were not imported because the user said so.
+        blocked: plugins that were not imported because the user said so.
         manager: pluggy's, with the global hooks.
     """
 
     def __init__(self) -> None:
         self.broken: dict[str, Broken] = {}
-        self.blocked: set[str] = set()
+        self.blocked: Plugins = []
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(GlobalHooks)
         self.manager.hook.rlx_register.call_historic(
@@ -163,8 +163,6 @@ class Registry:
         """
         entries = self.list(kind)
         plugin, _, name = ref.rpartition("/")
-        if plugin in self.broken:
-            raise self.failure(plugin)
         found = [entry for entry in entries if entry.name == name and plugin in ("", entry.plugin)]
         if len(found) > 1:
             raise ConfigError(
@@ -224,15 +222,17 @@ class Registry:
             self._loading = outer
         self._plugins.append(plugin)
 
-    def unknown(self, kind: str, ref: str, entries: Iterable[Entry]) -> ConfigError:
+    def unknown(self, kind: str, ref: str, entries: Iterable[Entry]) -> RlxError:
         """The error for a name that none of the entries has, with the plugins that are missing and why."""
+        if ref.rpartition("/")[0] in self.broken:
+            return self.failure(ref.rpartition("/")[0])
         names = sorted({entry.name for entry in entries})
         hint = ""
         if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", ref):
             hint = f"for an attribute of a module write {':'.join(ref.rsplit('.', 1))}"
         elsewhere = [entry for entry in self._entries if entry.name == ref]
         if elsewhere:
-            hint = f"{ref!r} is a {elsewhere[0].kind}"
+            hint = f"{ref!r} is of kind {elsewhere[0].kind}"
         error = ConfigError(
             f"there is no {kind} {ref!r}{close(ref.rpartition('/')[2], names)}",
             code="E-PLUGIN-UNKNOWN",
@@ -244,9 +244,8 @@ class Registry:
         if self.broken:
             error.add_note("rlx plugins list shows every plugin that failed to load")
         if self.blocked:
-            error.add_note(
-                f"not loaded, because of --no-plugin or RLX_NO_PLUGINS: {', '.join(sorted(self.blocked))}"
-            )
+            blocked = ", ".join(plugin.name for plugin in self.blocked)
+            error.add_note(f"not loaded, because of --no-plugin or RLX_NO_PLUGINS: {blocked}")
         return error
 
 
@@ -279,7 +278,7 @@ def discover(*, no_plugins: Iterable[str] = (), strict: bool = False) -> Registr
         load_plugins(fresh, {*named, *filter(None, environment)})
     fresh._entries += [entry for entry in (before._entries if before else ()) if not entry.distribution]
     for name in named:
-        if name != "*" and name not in fresh.blocked:
+        if name != "*" and not any(name in (plugin.name, plugin.distribution) for plugin in fresh.blocked):
             seen = [plugin.name for plugin in fresh.plugins()[1:]]
             raise ConfigError(
                 f"--no-plugin {name!r}: there is no such plugin{close(name, seen)}",

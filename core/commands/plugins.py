@@ -65,7 +65,8 @@ def list_plugins(kind: Kind = None, as_json: Json = False) -> None:
         print("\n" + _table(("failed to load", "distribution", "reason"), broken))
         print("\nrlx plugins info NAME shows where one failed.")
     if found.blocked:
-        print(f"\nNot loaded, because of --no-plugin or RLX_NO_PLUGINS: {', '.join(sorted(found.blocked))}")
+        names = ", ".join(plugin.name for plugin in found.blocked)
+        print(f"\nNot loaded, because of --no-plugin or RLX_NO_PLUGINS: {names}")
 
 
 @app.command("info")
@@ -113,7 +114,7 @@ def _list_data(found: Registry, entries: Iterable[Entry]) -> dict[str, Any]:
         ],
         "plugins": [vars(plugin) for plugin in found.plugins()],
         "broken": [_broken_data(broken) for broken in found.broken.values()],
-        "blocked": sorted(found.blocked),
+        "blocked": [vars(plugin) for plugin in found.blocked],
     }
 
 
