@@ -30,6 +30,20 @@ COMPONENTS = {
             "Alpaca's instruction and input as the prompt",
         ),
     },
+    "callback": {
+        "rich_progress": (
+            "rlx.callbacks.rich_progress:RichProgress",
+            "live panel on a terminal, plain lines elsewhere; always on",
+        ),
+        "log_completions": (
+            "rlx.callbacks.completions:LogCompletions",
+            "samples into completions.jsonl; always on",
+        ),
+        "plots": ("rlx.callbacks.plots:Plots", "curves as PNG files when the run ends; always on"),
+        "health": ("rlx.callbacks.health:Health", "hints about what usually goes wrong; always on"),
+        "model_card": ("rlx.callbacks.model_card:ModelCard", "README.md beside the policy; always on"),
+        "trackers": ("rlx.callbacks.trackers:Trackers", "log lines to the trackers of report_to; always on"),
+    },
     "generator": {
         "native": (
             "rlx.plugins.generators.native:Native",
