@@ -104,7 +104,6 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "pref_beta": ("beta",),
     "dpo_beta": ("beta",),
     "rl_beta": ("beta",),
-    "pref_loss": ("loss_type",),
     "reward_funcs": ("reward",),
     "reward_model": ("reward",),
     "reward_weights": ("reward_weight",),

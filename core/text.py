@@ -28,7 +28,11 @@ _SECRET_KEY = re.compile(
 )
 _NO_SECRET = re.compile(r"^(pad|eos|bos|unk|mask|sep|cls|stop|image|end|start)[_-]token$", re.IGNORECASE)
 _URL_USERINFO = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^/?#\s]*@")
-_PAIR = re.compile(r"""([\w-]+)(['"]?\s*[=:]\s*['"]?)((?:(?:bearer|basic)\s+)?[^\s'",;&}]+)""", re.IGNORECASE)
+_PAIR = re.compile(
+    r"([\w-]*(?:secret|passw|passphrase|authorization|credential|key|token)[\w-]*)"
+    r"""(['"]?\s*[=:]\s*['"]?)((?:(?:bearer|basic)\s+)?[^\s'",;&}]+)""",
+    re.IGNORECASE,
+)
 _KNOWN_SHAPE = re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}")
 
 

@@ -71,7 +71,7 @@ def told(error: BaseException) -> tuple[list[str], int]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory was exhausted, on the device or the host; known by name, so that torch is not imported."""
+    """Whether memory was exhausted, on the device or the host; known by name, so torch is not imported."""
     return isinstance(error, MemoryError) or any(
         kind.__name__ == "OutOfMemoryError" and kind.__module__.partition(".")[0] == "torch"
         for kind in type(error).__mro__
