@@ -56,7 +56,8 @@ class _Finder:
         root = name.partition(".")[0]
         if root not in self.names or (root in sys.modules and not isinstance(sys.modules[root], Proxy)):
             return None
-        found = next(filter(None, (f.find_spec(name, path) for f in sys.meta_path if f is not self)), None)
+        others = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]
+        found = next(filter(None, (finder.find_spec(name, path) for finder in others)), None)
         if found is None:
             return None
         spec = ModuleSpec(name, self, origin=found.origin)  # type: ignore[arg-type]  # duck-typed, as importlib allows
@@ -89,7 +90,7 @@ class _Finder:
         for name in set(sys.modules) - self.before:
             if isinstance(sys.modules[name], Proxy):
                 del sys.modules[name]
-            else:
+            elif isinstance(sys.modules[name], ModuleType):
                 self.users.append(sys.modules[name])
 
     def real(self, name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Third-party plugins to be found: small distributions, written or installed by pip into a folder of their own."""
+"""Third-party plugins to be found: small distributions, written or installed by pip into their own folder."""
 
 from __future__ import annotations
 

@@ -97,6 +97,23 @@ def test_reading_ppo_s_options_does_not_import_torch(run_python):
     assert result == [True, []]
 
 
+def test_blocks_may_be_nested(run_python, module):
+    (module / "outer.py").write_text(
+        "import torch\nfrom rlx.plugins.light import deferred\nwith deferred():\n    import user\n"
+        "import torch.nn.functional as F\n"
+    )
+    code = """
+        import json, sys
+        from rlx.plugins.light import HEAVY, Proxy, deferred
+        with deferred():
+            import outer
+        heavy = sorted(set(HEAVY) & set(sys.modules))
+        kinds = [type(v) is Proxy for v in (outer.torch, outer.F, outer.user.torch, outer.user.F)]
+        print(json.dumps([heavy, kinds, len([f for f in sys.meta_path if "rlx" in type(f).__module__])]))
+        """
+    assert run_python(code, path=[module]) == [[], [True] * 4, 0]
+
+
 def test_what_is_imported_already_is_not_deferred(run_python):
     code = """
         import json, sys, types
