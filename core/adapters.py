@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlx.core.errors import ConfigError
-from rlx.core.pretrained import ADAPTER_CONFIG_FILE, check_finite, check_safetensors_file, read_json
+from rlx.core.pretrained import ADAPTER_CONFIG_FILE, check_finite, check_safetensors_file, fill, read_json
 from rlx.core.text import safe_text
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -361,25 +361,3 @@ def restore_adapter(model: Any, folder: Path) -> None:
         load_file(str(file)),
         where=str(file),
     )
-
-
-def fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, where: str) -> None:
-    """Copy saved tensors into the ones of the same name, in place.
-
-    Raises:
-        ConfigError: a name is missing or superfluous, or a shape or type differs; nothing was copied then.
-    """
-    for name in sorted(own.keys() | saved.keys()):
-        have = (tuple(saved[name].shape), saved[name].dtype) if name in saved else "nothing"
-        want = (tuple(own[name].shape), own[name].dtype) if name in own else "nothing"
-        if have != want:
-            raise ConfigError(
-                f"the weight {safe_text(name, 120)!r} does not fit",
-                code="E-MODEL-INCOMPLETE",
-                where=where,
-                got=str(have),
-                expected=str(want),
-            )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])

@@ -125,7 +125,7 @@ def estimate(
 
 
 def empty_model(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
-    """The policy's shapes without its numbers, on the meta device, with an adapter where the settings want one.
+    """The policy's shapes without numbers, on the meta device, with an adapter where the settings want one.
 
     Args:
         config: what ``load_config`` gave.

@@ -309,7 +309,7 @@ def _add_values(
 
 
 def remove_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout layer, and of the functional dropout of attention layers, to zero."""
+    """Set the probability of every dropout layer, and of attention's functional dropout, to zero."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

@@ -141,22 +141,34 @@ def restore_weights(model: Any, folder: Path) -> None:
     """Fill a model in place with the weights that its own ``save_pretrained`` wrote, bit for bit.
 
     Raises:
-        ConfigError: a weight is missing or has another shape.
+        ConfigError: a weight is missing or has another shape; nothing was changed then.
     """
     source = Source(str(folder), role="checkpoint")
     # float32 holds every half-precision number exactly, so this detour is lossless for mixed types too. It
     # goes through from_pretrained because architectures may save under other names than they compute with.
-    saved = load_weights(source, type(model), load_config(source), dtype=torch.float32).state_dict()
-    for name, tensor in model.state_dict().items():
-        if name not in saved or saved[name].shape != tensor.shape:
+    saved = load_weights(source, type(model), load_config(source), dtype=torch.float32)
+    fill(model.state_dict(), saved.state_dict(), where=str(folder))
+
+
+def fill(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], *, where: str) -> None:
+    """Copy saved tensors into the ones of the same name, in place.
+
+    Raises:
+        ConfigError: a name is missing or superfluous, or a shape differs; nothing was copied then.
+    """
+    for name in sorted(own.keys() | saved.keys()):
+        have = tuple(saved[name].shape) if name in saved else None
+        want = tuple(own[name].shape) if name in own else None
+        if have != want:
             raise ConfigError(
-                f"the weight {name!r} does not fit the folder",
+                f"the weight {safe_text(name, 120)!r} does not fit",
                 code="E-MODEL-INCOMPLETE",
-                where=str(folder),
-                got=str(tuple(saved[name].shape)) if name in saved else "missing",
-                expected=str(tuple(tensor.shape)),
+                where=where,
+                got="no such weight" if have is None else f"shape {have}",
+                expected="no such weight" if want is None else f"shape {want}",
             )
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, tensor in own.items():
             tensor.copy_(saved[name])
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlx.core import adapters
 from rlx.core.errors import ConfigError
 from rlx.core.models import Policy, check_vocabulary, resolve_dtype
-from rlx.core.pretrained import Source, load_config, load_weights
+from rlx.core.pretrained import Source, fill, load_config, load_weights
 from rlx.core.settings import Settings
 
 REFERENCE = "reference"  # name of the frozen adapter
@@ -68,7 +68,7 @@ class Reference:
             ConfigError: if it is for a reference of another kind or shape.
         """
         own = self._adapter() if self.kind == "adapter" else {}
-        adapters.fill({name: parameter.data for name, parameter in own.items()}, state, where="reference")
+        fill({name: parameter.data for name, parameter in own.items()}, state, where="reference")
 
     def fingerprint(self) -> str:
         """Sha256 of the reference's weights as they are now; reads all of them."""
