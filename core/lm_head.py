@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Float32 logits computed at a time. Fixed rather than taken from free memory: the chunks decide the order in
 which the weight's gradient is summed, and a resumed run must sum in the same order."""
 
@@ -55,12 +55,18 @@ class Transform:
             return logits if factor == 1.0 else logits.mul_(factor)
         return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
-    def backward(self, grad: Tensor, out: Tensor) -> Tensor:
-        """Gradient of the head's logits from the one of the result (out), overwriting grad."""
-        grad.mul_(self.scale / self.temperature)
-        if self.softcap is None:
+    def backward(self, grad: Tensor, out: Tensor | None) -> Tensor:
+        """Gradient of the head's logits from the one of the result, overwriting grad.
+
+        Args:
+            grad: (k, V) float32.
+            out: the result (k, V), which is overwritten too; None where there is no soft cap.
+        """
+        if self.scale != self.temperature:
+            grad.mul_(self.scale / self.temperature)
+        if self.softcap is None or out is None:
             return grad
-        tanh = out * (self.temperature / self.softcap)
+        tanh = out.mul_(self.temperature / self.softcap)
         return grad.addcmul_(grad, tanh.square_(), value=-1)
 
 
@@ -107,7 +113,7 @@ def head_logps(
         x is not None and x.requires_grad for x in (hidden, weight, bias)
     )
     keep = _fits(len(hidden), len(weight), hidden.device) if keep is None else keep
-    rows = chunk_rows(len(weight), chunk_bytes)
+    rows = min(chunk_rows(len(weight), chunk_bytes), max(1, len(hidden)))
     with torch.autocast(kind, enabled=False):
         logps, entropies = _HeadLogps.apply(
             hidden, weight, bias, targets, transform, entropy, rows, keep and learns
@@ -205,18 +211,29 @@ class _HeadLogps(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Reduce each chunk of logits to log-normalisers, log-probs and entropies."""
-        count = len(hidden)
-        kept = hidden.new_empty(count, len(weight), dtype=torch.float32) if keep else None
-        lse = hidden.new_empty(count, dtype=torch.float32)
-        logps, entropies = torch.empty_like(lse), torch.empty_like(lse) if entropy else None
+        count, vocabulary = len(hidden), len(weight)
+        like = {"dtype": torch.float32, "device": hidden.device}
+        kept = torch.empty(count if keep else rows, vocabulary, **like)
+        work = torch.empty(rows, vocabulary, **like) if keep or entropy else kept
+        largest, log_sum, logps = (torch.empty(count, **like) for _ in range(3))
+        entropies = torch.empty(count, **like) if entropy else None
         for at in _chunks(count, rows):
-            z = _logits(hidden[at], weight, bias, transform, None if kept is None else kept[at])
-            lse[at] = torch.logsumexp(z, -1)
-            logps[at] = z.gather(1, targets[at, None]).squeeze(1) - lse[at]
-            if entropies is not None:
-                logp = z - lse[at, None]
-                entropies[at] = logp.exp().mul_(logp).sum(-1).neg_()
-        ctx.save_for_backward(hidden, weight, bias, targets, lse, entropies, kept)
+            size = at.stop - at.start
+            z = _logits(hidden[at], weight, bias, transform, kept[at] if keep else kept[:size])
+            largest[at] = z.amax(-1)
+            z.sub_(largest[at, None])
+            logps[at] = z.gather(1, targets[at, None]).squeeze(1)
+            p = torch.exp(z, out=work[:size])
+            total = p.sum(-1)
+            log_sum[at] = total.log()
+            if (
+                entropies is not None
+            ):  # log Σ + Σ p·(largest − z) / Σ: no term is negative, so nothing cancels
+                entropies[at] = log_sum[at] - p.mul_(z).sum(-1).div_(total)
+        logps -= log_sum
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, largest, log_sum, entropies, kept if keep else None
+        )
         ctx.transform, ctx.rows = transform, rows
         return logps, entropies
 
@@ -224,15 +241,28 @@ class _HeadLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
         """Chunk by chunk: ∂logp/∂z = onehot − p and ∂H/∂z = −p (log p + H), then on to the inputs."""
-        hidden, weight, bias, targets, lse, entropies, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, largest, log_sum, entropies, kept = ctx.saved_tensors
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
+        work = weight.new_empty(ctx.rows, len(weight), dtype=torch.float32)
         for at in _chunks(len(hidden), ctx.rows):
-            z = _logits(hidden[at], weight, bias, ctx.transform) if kept is None else kept[at]
-            grad = _logits_grad(z, lse[at], targets[at], grad_logps[at], entropies, grad_entropy, at)
-            grad = ctx.transform.backward(grad, z)
+            out = work[: at.stop - at.start]
+            if kept is None:
+                z = _logits(hidden[at], weight, bias, ctx.transform, out).sub_(largest[at, None])
+            else:
+                z = kept[at]
+            logp = torch.sub(z, log_sum[at, None], out=out)
+            capped = None if ctx.transform.softcap is None else logp + (largest + log_sum)[at, None]
+            if entropies is None or grad_entropy is None:
+                grad = logp.exp_().mul_(-grad_logps[at, None])
+            else:
+                p = logp.exp()
+                inner = logp.add_(entropies[at, None]).mul_(grad_entropy[at, None])
+                grad = inner.add_(grad_logps[at, None]).mul_(p).neg_()
+            grad[torch.arange(len(grad), device=grad.device), targets[at]] += grad_logps[at]
+            grad = ctx.transform.backward(grad, capped)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)
@@ -255,36 +285,12 @@ def _chunks(count: int, rows: int) -> list[slice]:
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, out: Tensor | None = None
-) -> Tensor:
-    """Logits (k, V) float32 after the transform, into out where it is given."""
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, out: Tensor) -> Tensor:
+    """Logits (k, V) float32 after the transform, in out."""
     if weight.dtype == torch.float32:
-        z = torch.mm(hidden, weight.t(), out=out)
+        torch.mm(hidden, weight.t(), out=out)
     else:
-        product = hidden @ weight.t()
-        z = product.float() if out is None else out.copy_(product)
+        out.copy_(hidden @ weight.t())
     if bias is not None:
-        z += bias
-    return transform.in_place(z)
-
-
-def _logits_grad(
-    z: Tensor,
-    lse: Tensor,
-    targets: Tensor,
-    grad_logps: Tensor,
-    entropies: Tensor | None,
-    grad_entropy: Tensor | None,
-    at: slice,
-) -> Tensor:
-    """Gradient (k, V) of the transformed logits z (k, V), a new tensor."""
-    logp = z - lse[:, None]
-    if entropies is None or grad_entropy is None:
-        grad = logp.exp_().mul_(-grad_logps[:, None])
-    else:
-        p = logp.exp()
-        inner = logp.add_(entropies[at, None]).mul_(grad_entropy[at, None]).add_(grad_logps[:, None])
-        grad = inner.mul_(p).neg_()
-    grad[torch.arange(len(grad), device=grad.device), targets] += grad_logps
-    return grad
+        out += bias
+    return transform.in_place(out)
