@@ -118,6 +118,7 @@ def load_prompts(
         f"{len(ids)} prompts {how}{override}: {min(lengths)} to {max(lengths)} tokens, "
         f"mean {sum(lengths) / len(ids):.1f}"
     )
+    _note_gaps(rows, needed, ledger)
     _note_repeats(rows, ledger)
     if not evaluation and len(rows) < settings.batch_size:
         ledger.note(
@@ -353,6 +354,16 @@ def _fitted(
 
 def _cut(row: Row, ids: list[int], longest: int, tokenizer: Any) -> Row:
     return {**row, "_text": tokenizer.decode(ids[-longest:])} if len(ids) > longest else row
+
+
+def _note_gaps(rows: list[Row], needed: Mapping[str, Iterable[str]], ledger: Ledger) -> None:
+    """Rewards get None for a value that is not there; not every reward can do with that."""
+    for column in sorted({column for columns in needed.values() for column in columns}):
+        empty = [row for row in rows if row.get(column) is None]
+        if empty:
+            ledger.note(
+                f"warning: {column} is missing in {len(empty)} of {len(rows)} rows: {ledger.places(empty)}"
+            )
 
 
 def _note_repeats(rows: list[Row], ledger: Ledger) -> None:

@@ -127,7 +127,7 @@ def flawed(row: Mapping[str, Any], rng: random.Random, *, wrong: bool = False) -
     Args:
         row: a row of ``problem``.
         rng: source of randomness.
-        wrong: draw until the completion is not the right one, for the rejected side of a pair.
+        wrong: draw until the answer is not the right one, for the rejected side of a pair.
     """
     x, y, op = row["x"], row["y"], row["op"]
     while True:
@@ -140,7 +140,7 @@ def flawed(row: Mapping[str, Any], rng: random.Random, *, wrong: bool = False) -
         text = _worked(x, used, y, z)
         if rng.random() < 0.10:
             text = rng.choice((f"I think it is {z}.", f"{x} {used} {y} = {z}."))
-        if not wrong or text != solution(row):
+        if not wrong or not text.endswith(f"Answer: {row['answer']}"):
             return text
 
 
