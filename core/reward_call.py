@@ -102,10 +102,8 @@ class Signature:
 def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
     try:
         return list(inspect.signature(fn).parameters.values())
-    except (
-        ValueError
-    ):  # written in C without a signature: taken for one that does not take completions by name
-        return []
+    except ValueError:
+        return []  # written in C without a signature: it cannot be known to take completions by name
 
 
 def definition(fn: Callable[..., Any]) -> str:
@@ -152,9 +150,8 @@ def start(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Future[Outcom
 async def _finish(awaitable: Awaitable[Any], began: float) -> Outcome:
     try:
         return Outcome(await awaitable, None, time.perf_counter() - began)
-    except (
-        BaseException
-    ) as raised:  # SystemExit would end the loop's thread and leave the caller waiting for ever
+    except BaseException as raised:
+        # A SystemExit that left this function would end the loop's thread; the caller would wait for ever.
         return Outcome(None, raised, time.perf_counter() - began)
 
 

@@ -3,6 +3,8 @@
 import asyncio
 import functools
 import math
+import os
+import signal
 import threading
 import time
 
@@ -327,3 +329,17 @@ def test_one_thread_serves_all_async_rewards():
     for _ in range(5):
         run(reward, ["a"])
     assert sum(thread.name == "rlx-rewards" for thread in threading.enumerate()) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_async_rewards_work_in_a_forked_process():
+    async def reward(completions):
+        return lengths(completions)
+
+    run(reward, ["a"])  # the loop's thread exists here; it does not in the child
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # without a loop of its own the child would wait for ever
+        os._exit(0 if run(reward, ["abc"]).score.tolist() == [3.0] else 1)
+    assert os.waitpid(child, 0)[1] == 0
