@@ -4,14 +4,15 @@ Sample completions of each prompt; reward the last token, and every token by how
 reference; estimate advantages (GAE); take several clipped steps on the same rollouts.
 
 Sources: PPO arXiv:1707.06347; GAE arXiv:1506.02438; details of the language-model case arXiv:2403.17031.
-Unlike the reference implementation (TRL 1.12), the score lies on the last completion token, not one past it; every
-mini-batch is one optimizer step; and a stop token counts as a finished completion.
+Unlike TRL 1.12, the score lies on the last completion token, not one past it; every mini-batch is one
+optimizer step; and a stop token counts as a finished completion.
 
 Run it: ``rlx run --algo ppo --reward exact_match``
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from rlx.plugins.contract import Algorithm, Scorer
 
 KINDS_OF_KL = ("k1", "k2", "k3", "abs", "full")
 SCALINGS = ("none", "std", "standardise")
+N_PLUS, ADAPTIVE = "arXiv:2403.17031", "arXiv:1909.08593, section 2.2"
 
 
 @dataclass(frozen=True)
@@ -38,34 +40,22 @@ class PPOConfig:
     kl_coef: float = opt(0.05, "weight of the KL penalty in the reward; 0 needs no reference", ge=0)
     kl_estimator: str = opt("k1", "estimate of the KL at each token", choices=KINDS_OF_KL)
     kl_controller: str = opt("fixed", "adaptive steers the KL to kl_target", choices=("fixed", "adaptive"))
-    kl_target: float = opt(
-        6.0, "KL that adaptive steers to", gt=0, unit="nats a sequence", source="arXiv:1909.08593"
-    )
+    kl_target: float = opt(6.0, "adaptive steers to it", gt=0, unit="nats a sequence", source=ADAPTIVE)
     kl_horizon: float = opt(10000, "rollouts over which adaptive acts", gt=0, unit="rollouts")
     cliprange: float = opt(0.2, "clip range of the ratio", gt=0, source="arXiv:1707.06347, equation 7")
-    cliprange_value: float = opt(
-        0.2, "clip range of a value around its old one", gt=0, source="arXiv:2403.17031"
-    )
+    cliprange_value: float = opt(0.2, "clip range of a value around its old one", gt=0, source=N_PLUS)
     vf_coef: float = opt(0.1, "weight of the value loss", ge=0)
     entropy_coef: float = opt(0.0, "weight of the entropy bonus", ge=0, source="arXiv:1707.06347, equation 9")
     gamma: float = opt(1.0, "discount", gt=0, le=1)
-    lam: float = opt(
-        0.95, "GAE: 0 one step, 1 Monte Carlo", ge=0, le=1, source="arXiv:1506.02438, equation 16"
-    )
-    whiten_rewards: bool = opt(
-        False, "divide rewards by their deviation, mean kept", source="arXiv:2403.17031"
-    )
-    whiten_advantages: bool = opt(
-        True, "shift and scale advantages to mean 0, variance 1", source="arXiv:2403.17031"
-    )
+    lam: float = opt(0.95, "GAE: 0 one step, 1 Monte Carlo", ge=0, le=1, source="arXiv:1506.02438")
+    whiten_rewards: bool = opt(False, "divide rewards by their deviation, mean kept", source=N_PLUS)
+    whiten_advantages: bool = opt(True, "scale advantages to mean 0, variance 1", source=N_PLUS)
     score_scaling: str = opt("none", "by running moments of the scores: std divides", choices=SCALINGS)
     score_clip: float | None = opt(None, "clip scores to ± this, after scaling", gt=0)
     missing_eos_penalty: float | None = opt(None, "subtracted from the score of a cut completion", ge=0)
     stop_token: str = opt("none", "truncate after this token: none, or eos", choices=("none", "eos"))
     stop_token_id: int | None = opt(None, "truncate after this token", ge=0)
-    target_kl: float | None = opt(
-        None, "stop the update when KL(old‖new) passes 1.5 × this", gt=0, unit="nats a token"
-    )
+    target_kl: float | None = opt(None, "end an update when KL(old‖new) passes 1.5 × this", gt=0, unit="nats")
     ratio_threshold: float = opt(10.0, "skip a mini-batch whose mean ratio is above", gt=1)
 
     def __post_init__(self) -> None:
@@ -133,7 +123,7 @@ class PPO(Algorithm):
         return replace(batch, advantages=advantages, returns=returns, metrics=metrics)
 
     def steer(self, kl: torch.Tensor, score: Scorer) -> None:
-        """Move kl_coef by 1 + clip(kl / target − 1, ±0.2) · n / horizon; kl (N,) a sequence (arXiv:1909.08593, 2.2)."""
+        """kl_coef times 1 + clip(kl / target − 1, ±0.2) · n / horizon; kl (N,) nats a sequence."""
         count, mean, _ = moments(kl, score.total)
         error = min(max(float(mean) / self.config.kl_target - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * float(count) / self.config.kl_horizon
@@ -156,7 +146,7 @@ class PPO(Algorithm):
         ratio = log_ratio.exp()
         policy, policy_cut = policy_loss(ratio, batch.advantages, c.cliprange)
         value, value_cut = value_loss(now.values, batch.values, batch.returns, c.cliprange_value)
-        # Without the bonus nobody pays for the exact entropy: −logp of the sampled tokens estimates it, unbiased.
+        # Without the bonus nobody pays for the exact entropy: −logp of the sampled tokens estimates it.
         entropy = -batch.old if now.entropy is None else now.entropy
         terms = policy + c.vf_coef * value - (c.entropy_coef * entropy if c.entropy_coef else 0)
         metrics = {
@@ -174,10 +164,8 @@ class PPO(Algorithm):
         """Skip a mini-batch whose ratio exploded; stop the update once the policy moved too far."""
         if means["policy/ratio"] > self.config.ratio_threshold:
             return "skip"
-        too_far = (
-            self.config.target_kl is not None and means["policy/approx_kl"] > 1.5 * self.config.target_kl
-        )
-        return "stop" if too_far else "step"
+        limit = math.inf if self.config.target_kl is None else 1.5 * self.config.target_kl
+        return "stop" if means["policy/approx_kl"] > limit else "step"
 
     def state_dict(self) -> dict[str, Any]:
         """The KL coefficient and the running moments of the scores."""
@@ -191,7 +179,7 @@ class PPO(Algorithm):
 def policy_loss(
     ratio: torch.Tensor, advantages: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """max(−A·ratio, −A·clamp(ratio, 1 ± clip)) (S,), and where the clip bit (S,) bool (arXiv:1707.06347, eq. 7)."""
+    """max(−A·ratio, −A·clamp(ratio, 1 ± clip)) (S,), and where the clip bit (S,) (arXiv:1707.06347)."""
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(free, clipped), clipped > free
 
@@ -199,6 +187,6 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """½·max((V − R)², (clamp(V, old ± clip) − R)²) (S,), and where the clip bit (S,) bool (arXiv:2403.17031)."""
+    """½·max((V − R)², (clamp(V, old ± clip) − R)²) (S,), and where the clip bit (S,) (arXiv:2403.17031)."""
     free, clipped = (values - returns).square(), (values.clamp(old - clip, old + clip) - returns).square()
     return torch.maximum(free, clipped) / 2, clipped > free

@@ -148,8 +148,8 @@ def _with_weights(
     updater = Updater(policy, algorithm, settings, accelerator, updates)
     lines = checked.plan + policy.report + plan.weights(policy, reference, settings, accelerator)
     run = Run(
-        config, accelerator, policy, algorithm, studio, updater, checked.data, checked.eval_data, checked.order,
-        Events(), folder, lines,
+        config, accelerator, policy, algorithm, studio, updater, checked.data, checked.eval_data,
+        checked.order, Events(), folder, lines,
     )  # fmt: skip
     for name in DEFAULT_CALLBACKS:
         run.events.add(make("callback", name), name)
@@ -159,7 +159,7 @@ def _with_weights(
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate's view of devices and processes; ``mixed_precision: auto`` is bf16 on a GPU, none on a CPU."""
+    """Accelerate's view of devices and processes; ``mixed_precision: auto`` is bf16 on a GPU, else none."""
     import torch
     from accelerate import Accelerator
 

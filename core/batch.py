@@ -1,8 +1,8 @@
 """The types of a batch on its way through the house. Flat tensors with lengths, never a pad token.
 
-Legend: N sequences, R rows (a row is one sequence, or two in a preference pair), T tokens of all sequences one after
-another, S scored tokens of all sequences one after another (the completion tokens, unless a transform says otherwise).
-A batch is frozen; a room of the house returns a new one.
+Legend: N sequences, R rows (a row is one sequence, or two in a preference pair), T tokens of all sequences
+one after another, S scored tokens of all sequences one after another (the completion tokens, unless a
+transform says otherwise). A batch is frozen; a room of the house returns a new one.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Sequences:
         """Sequences of prompt plus completion, completion tokens scored.
 
         Args:
-            prompts: N lists of token ids, none empty (the first completion token is predicted from the last one).
+            prompts: N lists of token ids, none empty (its last token predicts the completion's first).
             completions: N lists of token ids, empty ones allowed.
             groups: N group numbers; default: every sequence its own group.
 
@@ -242,7 +242,7 @@ class Rollouts(Batch):
         old: (S,) float32, log-prob of each token when it was sampled, at the sampling temperature.
         score: (N,) float32, weighted sum of the rewards; NaN where no reward applies.
         rewards: name → (N,) float32, one entry a reward, NaN for None.
-        token_scores: (S,) float32, rewards given for single tokens; zeros where there are none, None without any.
+        token_scores: (S,) float32, rewards given for single tokens, zeros elsewhere; None without any.
         reference: (S,) float32, log-prob under the reference.
         kl: (S,) float32, exact KL(policy‖reference) at each token, for ``kl_estimator: full``.
         values: (S,) float32, value of the state before each token.
@@ -317,8 +317,9 @@ class Loss:
     """What ``Algorithm.loss`` returns for one micro-batch.
 
     Attributes:
-        terms: name of a count (``tokens``, ``sequences``, ``rows`` or one that ``Algorithm.size`` knows) → tensor of
-            terms. The loss is the sum over names of sum(terms) / that count of the whole mini-batch, all processes.
+        terms: name of a count (``tokens``, ``sequences``, ``rows`` or one that ``Algorithm.size`` knows) →
+            tensor of terms. The loss is the sum over names of sum(terms) / that count, the count being that of
+            the whole mini-batch over all processes.
         metrics: name → detached values, averaged over the mini-batch into the log.
     """
 

@@ -1,7 +1,8 @@
 """The core loop: batches → rollouts → algorithm.prepare → mini-batches → one optimizer step each → events.
 
-A *step* is one batch of rows with everything that is done with it; it may hold several optimizer steps. Everything
-that decides a step (rows, samples, shuffles, dropout) is seeded by its number, so the state between two steps is small.
+A *step* is one batch of rows with everything that is done with it; it may hold several optimizer steps.
+Everything that decides a step (rows, samples, shuffles, dropout) is seeded by its number, so the state
+between two steps is small.
 """
 
 from __future__ import annotations
@@ -134,15 +135,16 @@ class Run:
         return rollouts
 
     def prepare(self, batch: Batch) -> Batch:
-        """What the algorithm makes of a batch, once, before the mini-batches: advantages, returns and the like."""
+        """What the algorithm makes of a batch, once, before the mini-batches: advantages and the like."""
         self.boundary = False
         return self.algorithm.prepare(batch, self.score)
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Epochs × mini-batches of a prepared batch, shuffled anew each epoch.
 
-        The shuffle is over the rows of all processes; each takes those it holds, so that a mini-batch has the same
-        rows whatever the number of processes. Mini-batches that a ``break`` leaves out are made up in the schedule.
+        The shuffle is over the rows of all processes; each takes those it holds, so that a mini-batch has
+        the same rows whatever the number of processes. Mini-batches that a ``break`` leaves out are made
+        up in the schedule.
         """
         algorithm, before = self.algorithm, self.updater.done
         sizes = torch.zeros(self.accelerator.num_processes, dtype=torch.long, device=self.accelerator.device)

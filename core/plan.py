@@ -25,7 +25,8 @@ def overview(config: RunConfig) -> list[str]:
     """Algorithm, model, rewards, and every option that is neither a default nor said elsewhere."""
     settings = config.settings
     lines = [
-        f"{config.algorithm.name} on {safe_text(settings.model, 80)}, seed {settings.seed}, into {settings.output_dir}"
+        f"{config.algorithm.name} on {safe_text(settings.model, 80)}, seed {settings.seed}, "
+        f"into {settings.output_dir}"
     ]
     if settings.trust_remote_code:
         lines.append("trust_remote_code: Python code that comes with the model will run")
@@ -43,15 +44,15 @@ def geometry(algorithm: Algorithm, settings: Settings, order: Order) -> list[str
     completions = settings.batch_size * n
     return [
         f"a batch: {settings.batch_size} prompts × {n} = {completions} completions of at most "
-        f"{settings.max_completion_length} tokens; {algorithm.epochs} epochs × {algorithm.mini_batches} mini-batches "
-        f"of {completions // algorithm.mini_batches} = {per_batch} optimizer steps",
+        f"{settings.max_completion_length} tokens; {algorithm.epochs} epochs × {algorithm.mini_batches} "
+        f"mini-batches of {completions // algorithm.mini_batches} = {per_batch} optimizer steps",
         f"the run: {order.total_steps} batches, {order.total_steps * per_batch} optimizer steps, "
         f"{order.total_rows / order.length:.2f} passes over {order.length} rows",
     ]
 
 
 def try_rewards(rewards: RewardRunner, prompts: Prompts) -> list[str]:
-    """Call the rewards on two rows, with an empty completion and with the answer of the row where there is one.
+    """Call the rewards on two rows, with an empty completion and, where the rows have one, with the answer.
 
     Raises:
         RewardError: what a reward returned cannot be used; better now than after the weights are loaded.
@@ -59,7 +60,8 @@ def try_rewards(rewards: RewardRunner, prompts: Prompts) -> list[str]:
     rows = prompts.take(range(min(TRIED_ROWS, len(prompts))))
     lines = []
     for name, texts in _stand_ins(rows).items():
-        # Token ids stand for the text only in their number: one a word, so that per-token rewards can be told apart.
+        # Token ids stand for the text only in their number: one a word, so that per-token rewards can be
+        # told apart.
         scored = rewards.score(rows, texts, [list(range(len(text.split()))) for text in texts])
         values = [" ".join(f"{reward} {value:g}" for reward, value in zip(scored.rewards, row, strict=True))
                   for row in zip(*(v.tolist() for v in scored.rewards.values()), strict=True)]  # fmt: skip

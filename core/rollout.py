@@ -1,4 +1,4 @@
-"""From prompts to rollouts: sample, reward, and measure what the algorithm needs to know about the samples."""
+"""From prompts to rollouts: sample, reward, and measure what the algorithm needs to know about samples."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Studio:
         )
 
     def sample(self, prompts: Prompts, n: int, seeds: Sequence[int], *, greedy: bool = False) -> Completions:
-        """n completions of each prompt, in the precision that ``generation_dtype`` asks for."""
+        """Draw n completions of each prompt, in the precision that ``generation_dtype`` asks for."""
         with (
             self.clock.measure("generate"),
             generation_precision(self.policy.model, self.settings.generation_dtype),

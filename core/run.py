@@ -1,4 +1,4 @@
-"""Runs from beginning to end: prepare, train, resume. ``rlx.run`` and the command line both come through here."""
+"""Runs from beginning to end: prepare, train, resume. Python and the command line both come through here."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def resume(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Re
         overrides: options that may differ from those that the run began with, with their new values.
 
     Raises:
-        CheckpointError: there is no usable checkpoint, or the data or an option changed that was not overridden.
+        CheckpointError: there is no usable checkpoint, or the data or an option changed that was not
+            overridden.
     """
     folder, overrides = Path(folder), dict(overrides or {})
     config = stored_config(folder, overrides)

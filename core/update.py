@@ -1,4 +1,4 @@
-"""One mini-batch, one optimizer step: micro-batches by token budget, one global count, a finite check before the step."""
+"""One mini-batch, one optimizer step: micro-batches by token budget, one global count, a finite check."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Updater:
         )
 
     def accumulate(self, batch: Batch, sizes: dict[str, float]) -> tuple[Meter, torch.Tensor, bool]:
-        """Gradients of all micro-batches, from zero: metrics, this process's part of the loss, and whether it fitted."""
+        """Gradients of all micro-batches, from zero: metrics, this process's loss, and whether it fitted."""
         self.optimizer.zero_grad(set_to_none=True)
         meter, exhausted = Meter(), 0.0
         value = torch.zeros((), device=self.accelerator.device)
@@ -141,12 +141,12 @@ class Updater:
         return meter, value, not bool(total(self.accelerator, flag))
 
     def halve(self, batch: Batch) -> None:
-        """Halve the token budget after memory ran out; the mini-batch is gone through again from its beginning."""
+        """Halve the token budget after memory ran out; the mini-batch is gone through again."""
         longest = int(batch.sequences.lengths.max()) * batch.per_row if len(batch) else 0
         if self.budget <= longest:
             raise MemoryExhausted(
                 f"out of memory with one row of {longest} tokens in a forward and backward",
-                hint="lower max_completion_length, or use gradient_checkpointing: true, lora_r: 16 or dtype: bfloat16",
+                hint="lower max_completion_length, or set gradient_checkpointing, lora_r or dtype: bfloat16",
             )
         self.budget //= 2
         if self.accelerator.device.type == "cuda":
@@ -181,7 +181,7 @@ class Updater:
             f"the loss or the gradient is not finite at optimizer step {self.done + 1}; no weight has moved",
             got=f"loss {loss}, gradient norm {norm}",
             expected="finite numbers",
-            hint="lower learning_rate, check the rewards in completions.jsonl, or allow it with nonfinite: skip",
+            hint="lower learning_rate, look at completions.jsonl, or allow it with nonfinite: skip",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,8 +213,8 @@ def token_budget(settings: Settings, accelerator: Accelerator) -> int:
 def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
     """Add up the gradients of all processes, in one message a dtype.
 
-    Losses are divided by global counts, so the sum is the gradient of the whole mini-batch. Unlike a wrapper that
-    reduces during backward, this lets processes have different numbers of micro-batches, or none.
+    Losses are divided by global counts, so the sum is the gradient of the whole mini-batch. Unlike a wrapper
+    that reduces during backward, this lets processes have different numbers of micro-batches, or none.
     """
     if accelerator.num_processes == 1:
         return
