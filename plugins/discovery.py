@@ -83,7 +83,7 @@ def load_plugins(registry: Registry, blocked: Collection[str]) -> None:
     registry.blocked += [p for p in installed if {"*", p.name, p.distribution} & set(blocked)]
     wanted = [p for p in installed if p not in registry.blocked]
     for plugin in wanted:
-        same = [f"{p.distribution} {p.version}" for p in wanted if p.name == plugin.name]
+        same = [f"{p.distribution} {p.version}" for p in wanted if (p.name, p.api) == (plugin.name, API)]
         reason = ""
         if plugin.api != API:
             reason = f"needs plugin API {plugin.api}, this rlx has {API}"
@@ -111,7 +111,8 @@ def admit(registry: Registry, found: object, name: str) -> None:
     try:
         registry.manager.register(found, name)
     except BaseException:
-        registry.manager.unregister(name=name)
+        if registry.manager.has_plugin(name):
+            registry.manager.unregister(name=name)
         raise
 
 
@@ -119,12 +120,15 @@ def _installed() -> list[Plugin]:
     """The entry points of every group ``rlx.v<number>``, in alphabetical order."""
     found, plugins = importlib.metadata.entry_points(), []
     for group in found.groups:
-        match = GROUP.fullmatch(group)
-        for point in found.select(group=group) if match else ():
-            # An entry point that was read from an installed distribution knows it.
-            plugins.append(
-                Plugin(point.name, point.dist.name, point.dist.version, point.value, int(match[1]))
-            )
+        if not (match := GROUP.fullmatch(group)):
+            continue
+        for point in found.select(group=group):
+            assert point.dist is not None  # it was read from an installed distribution
+            seen = Plugin(point.name, point.dist.name, point.dist.version, point.value, int(match[1]))
+            plugins.append(seen)
+    # A distribution may serve several APIs; then what it has for the others does not matter.
+    served = {(plugin.name, plugin.distribution) for plugin in plugins if plugin.api == API}
+    plugins = [p for p in plugins if p.api == API or (p.name, p.distribution) not in served]
     return sorted(plugins, key=lambda plugin: (plugin.name, plugin.distribution))
 
 

@@ -82,11 +82,11 @@ class _Finder:
     def enter(self) -> None:
         """Put the finder before all others."""
         self.before = set(sys.modules)
-        sys.meta_path.insert(0, self)  # type: ignore[arg-type]  # duck-typed, as importlib allows
+        sys.meta_path.insert(0, self)
 
     def leave(self) -> None:
         """Take the finder and all proxies out of the import system."""
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        sys.meta_path.remove(self)
         for name in set(sys.modules) - self.before:
             if isinstance(sys.modules[name], Proxy):
                 del sys.modules[name]

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import pluggy
 
@@ -288,13 +288,13 @@ def discover(*, no_plugins: Iterable[str] = (), strict: bool = False) -> Registr
     if strict and fresh.broken:
         failures = [fresh.failure(name) for name in fresh.broken]
         raise failures[0] if len(failures) == 1 else ErrorGroup(list(failures))
-    return _use(fresh)
+    _use(fresh)
+    return fresh
 
 
-def _use(fresh: Registry | None) -> Any:
+def _use(fresh: Registry | None) -> None:
     global _current
     _current = fresh
-    return fresh
 
 
 @contextlib.contextmanager
@@ -308,6 +308,10 @@ def using(fresh: Registry) -> Iterator[Registry]:
         _use(before)
 
 
+@overload
+def register(kind: str, name: str, obj: T, summary: str = "") -> T: ...
+@overload
+def register(kind: str, name: str, obj: None = None, summary: str = "") -> Callable[[T], T]: ...
 def register(kind: str, name: str, obj: T | None = None, summary: str = "") -> T | Callable[[T], T]:
     """Offer a component in this process: ``rlx.register("reward", "brevity", fn)``, or as a decorator.
 

@@ -138,7 +138,8 @@ def _describe_entry(entry: Entry, component: Any) -> dict[str, Any]:
 def _describe(kind: str, component: Any, known: dict[str, Any]) -> dict[str, Any]:
     """Everything about a component that can be known without building it."""
     config = config_of(component)
-    shown = str | bool | tuple | frozenset | Mapping
+    # A kind has some of these, a function none; what a property computes from the options is not known yet.
+    shown = (str, bool, tuple, frozenset, Mapping)
     traits = {n: v for n in TRAITS if isinstance(v := getattr(component, n, None), shown)}
     return {
         "kind": kind,

@@ -146,6 +146,21 @@ def test_a_plugin_for_another_api_is_seen_without_importing_it(site, fault):
     assert "rlx_future" not in sys.modules
 
 
+def test_a_distribution_may_serve_two_apis(site):
+    site.install("both", good("both"))
+    points = site.path / "rlx_both-0.1.dist-info" / "entry_points.txt"
+    points.write_text(points.read_text() + "[rlx.v2]\nboth = rlx_both_for_two\n")
+    found = discover()
+    assert found.broken == {} and found.find("reward", "both").qualified == "both/both"
+
+
+def test_one_module_under_two_plugin_names_breaks_the_second_only(site):
+    site.install("first", good("first"))
+    site.install("second", "", value="rlx_first")
+    found = discover()
+    assert list(found.broken) == ["second"] and "first" in rlx.available("reward")
+
+
 @pytest.mark.parametrize(
     ("names", "environment"),
     [(["bad"], ""), (["rlx-bad"], ""), (["*"], ""), ([], "bad"), ([], "other, bad"), ([], "*")],
