@@ -199,13 +199,15 @@ class RunFolder:
             self.path.rmdir()
 
     def _delete_run(self) -> None:
-        listed = read_manifest(self.path).get("files", [])
-        for name in (*OWN_FILES, *(name for name in listed if type(name) is str and Path(name).name == name)):
-            file = self.path / name
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
+        # Names in the manifest are only compared with what lies here: none of them can lead out of the folder.
+        listed = [name for name in read_manifest(self.path).get("files", []) if isinstance(name, str)]
+        for entry in list(self.path.iterdir()):
+            if entry.name not in (*OWN_FILES, *listed):
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
             else:
-                file.unlink(missing_ok=True)
+                entry.unlink()
         for folder in filter(checkpoint.is_ours, self.path.glob("checkpoint-*")):
             shutil.rmtree(folder)
         self.metrics, self.completions = JsonLines(self.path / METRICS), JsonLines(self.path / COMPLETIONS)
