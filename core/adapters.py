@@ -39,7 +39,7 @@ def add_lora(
     alpha: float,
     dropout: float = 0.0,
     target_modules: Sequence[str] = ("all-linear",),
-) -> nn.Module:
+) -> Any:
     """The model with a new LoRA adapter named ``default``; only the adapter can be trained then.
 
     Its B matrices are zero, so the model computes what it computed before.
@@ -72,10 +72,9 @@ def add_lora(
                 expected="all-linear alone, or module names",
             )
         targets = "all-linear"
-    # peft scales by alpha / r and takes any number, though its annotation says int.
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
-    )  # type: ignore[arg-type]
+    )
     try:
         with _hushed():
             return get_peft_model(model, config, adapter_name=TRAINED, autocast_adapter_dtype=True)
@@ -89,9 +88,7 @@ def add_lora(
         ) from error
 
 
-def load_adapter(
-    model: nn.Module, folder: str | Path, *, name: str = TRAINED, trainable: bool = True
-) -> nn.Module:
+def load_adapter(model: nn.Module, folder: str | Path, *, name: str = TRAINED, trainable: bool = True) -> Any:
     """The model with an adapter from a folder, after checking that it fits.
 
     Args:
@@ -234,7 +231,7 @@ def _check_adapter(model: nn.Module, folder: Path) -> str:
     return str(config.get("base_model_name_or_path"))
 
 
-def _check_lora_shapes(model: nn.Module, file: Path, config: dict[str, Any]) -> None:
+def _check_lora_shapes(model: Any, file: Path, config: dict[str, Any]) -> None:
     """Each pair of LoRA matrices must fit the linear layer of its name, and agree on the rank."""
     from safetensors import safe_open
 

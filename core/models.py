@@ -30,6 +30,8 @@ from rlx.core.values import (
     save_value_head,
 )
 
+__all__ = ["Policy", "load_policy", "load_tokenizer", "ready_tokenizer", "remove_dropout", "resolve_dtype"]
+
 VALUE_MODEL_FOLDER = "value_model"
 _VALUE = "value."  # prefix of the value function's parameters in Policy.trainable
 

@@ -65,7 +65,7 @@ class _Raised(nn.Module):
     """Computes in the type of its own weight and answers in the type of its input."""
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        raised: Tensor = super().forward(hidden.to(self.weight.dtype), *args, **kwargs)  # type: ignore[misc, arg-type]
+        raised: Tensor = super().forward(hidden.to(self.weight.dtype), *args, **kwargs)  # type: ignore[arg-type]
         return raised.to(hidden.dtype)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlx.core.errors import ConfigError, DivergedError
 from rlx.core.settings import EMBEDDED
@@ -69,7 +69,7 @@ class Source:
             ConfigError: if it is.
         """
         from huggingface_hub.errors import HFValidationError
-        from huggingface_hub.utils import validate_repo_id
+        from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
         if self.folder is not None:
             return
@@ -101,7 +101,7 @@ def load_config(source: Source) -> Any:
 
 def load_weights(
     source: Source, auto_class: Any, config: Any, *, dtype: torch.dtype, **arguments: Any
-) -> nn.Module:
+) -> Any:
     """A model with every weight it needs, all of them finite.
 
     Args:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from rlx.core import adapters
 from rlx.core.errors import ConfigError
-from rlx.core.models import Policy, check_vocabulary, resolve_dtype
+from rlx.core.models import Policy, resolve_dtype
 from rlx.core.pretrained import Source, fill, load_config, load_weights
 from rlx.core.settings import Settings
+from rlx.core.tokenizer import check_vocabulary
 
 REFERENCE = "reference"  # name of the frozen adapter
 

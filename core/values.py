@@ -127,11 +127,11 @@ class ValueModel(nn.Module):
         if not len(some):
             return self.head.weight.new_zeros(0)
         if torch.is_grad_enabled():
-            return self(sequences)
+            return self.forward(sequences)
         parts = [some[part] for part in cut(sequences.lengths[some], token_budget)]
         out = self.head.weight.new_zeros(int(sequences.scored.sum()))
         out[flat_index(sequences.counts, torch.cat(parts))] = torch.cat(
-            [self(sequences.take(part)) for part in parts]
+            [self.forward(sequences.take(part)) for part in parts]
         )
         return out
 
@@ -143,7 +143,7 @@ class ValueModel(nn.Module):
         scored_NL = torch.zeros_like(real_NL)
         ids_NL[real_NL], scored_NL[real_NL] = sequences.ids, sequences.scored
         hidden_NLD = self.backbone(input_ids=ids_NL, attention_mask=real_NL.long(), use_cache=False)[0]
-        return self.head(
+        return self.head.forward(
             hidden_NLD[:, :-1][scored_NL[:, 1:]]
         )  # (S,): the state before a token is one to its left
 

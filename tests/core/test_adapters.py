@@ -160,14 +160,18 @@ def truncated(folder: Path, tiny_model) -> None:
     file.write_bytes(file.read_bytes()[:-8])
 
 
-@pytest.mark.parametrize(("damage", "got", "expected"), [
-    (other_base, "shape (32, 4)", "shape (16, 4), rank 4"),
-    (other_rank, "shape (8, 32)", "shape (4, 32), rank 4"),
-    (other_layers, "adapter of", "model.layers.2."),
-    (other_task, "SEQ_CLS", "CAUSAL_LM"),
-    (incomplete, "1 weights are missing, first base_model.model.model.layers.0.mlp.up_proj.lora_B.weight", ""),
-    (truncated, "bytes", "bytes"),
-], ids=lambda f: f"fault[T8]-{f.__name__}" if callable(f) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("damage", "got", "expected"),
+    [
+        (other_base, "shape (32, 4)", "shape (16, 4), rank 4"),
+        (other_rank, "shape (8, 32)", "shape (4, 32), rank 4"),
+        (other_layers, "adapter of", "model.layers.2."),
+        (other_task, "SEQ_CLS", "CAUSAL_LM"),
+        (incomplete, "1 weights are missing, first base_model.model.model.layers.0.mlp.up_proj.lora_B", ""),
+        (truncated, "bytes", "bytes"),
+    ],
+    ids=lambda f: f"fault[T8]-{f.__name__}" if callable(f) else "",
+)
 def test_an_adapter_that_does_not_fit_is_refused(damage, got, expected, make_folder, tiny_model, tmp_path):
     base = make_folder()
     damage(tmp_path / "adapter", tiny_model)

@@ -36,8 +36,11 @@ def saved_for_backward(trunk: Any, ids: torch.Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"dtype": "bfloat16"}, {"lora_r": 4}, {"dtype": "bfloat16", "lora_r": 4}, {"optim": "sgd"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": "bfloat16"}, {"lora_r": 4}, {"dtype": "bfloat16", "lora_r": 4}, {"optim": "sgd"}],
+    ids=str,
+)
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_gradients_and_optimizer_are_exact(options, tied, make_folder):
     chosen = Settings(model=str(make_folder(tie_word_embeddings=tied)), **options)
@@ -69,12 +72,21 @@ def test_a_configuration_alone_gives_the_numbers_of_the_loaded_model(lora_r, tie
 @pytest.mark.parametrize("kind", ["copy", "adapter off", "model"])
 def test_the_reference_counts_what_it_adds(kind, make_folder):
     folder = str(make_folder())
-    chosen = Settings(model=folder, lora_r=4 if kind == "adapter off" else 0,
-                      reference_model=folder if kind == "model" else None)  # fmt: skip
+    chosen = Settings(
+        model=folder,
+        lora_r=4 if kind == "adapter off" else 0,
+        reference_model=folder if kind == "model" else None,
+    )
     policy = load_policy(chosen)
     reference = build_reference(chosen, policy)
-    report = memory.estimate(policy.model, chosen, token_budget=16, generation_rows=2, reference=reference.kind,
-                             reference_model=reference.model if kind == "model" else None)  # fmt: skip
+    report = memory.estimate(
+        policy.model,
+        chosen,
+        token_budget=16,
+        generation_rows=2,
+        reference=reference.kind,
+        reference_model=reference.model if kind == "model" else None,
+    )
     added = (
         0 if kind == "adapter off" else measured([*reference.model.parameters(), *reference.model.buffers()])
     )
@@ -82,9 +94,15 @@ def test_the_reference_counts_what_it_adds(kind, make_folder):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [
-    {"hidden_size": 64, "intermediate_size": 128}, {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4},
-    {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4}], ids=["narrow", "deep", "many-heads"])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 64, "intermediate_size": 128},
+        {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4},
+        {"hidden_size": 96, "intermediate_size": 256, "num_key_value_heads": 4},
+    ],
+    ids=["narrow", "deep", "many-heads"],
+)
 def test_activations_are_within_the_stated_factor_of_what_autograd_keeps(dtype, shape, tiny_model):
     model = tiny_model(**shape).to(dtype).train()
     ids = torch.randint(3, 32, (8, 32))
@@ -131,7 +149,9 @@ def test_the_lines_say_the_parts_and_what_to_make_smaller():
     assert "--max-tokens-per-micro-batch" in second
 
 
-@pytest.mark.parametrize(("size", "shown"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (20 * 2**30, "20 GiB"),
-                                             (5 * 2**50, "5120 TiB")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (20 * 2**30, "20 GiB"), (5 * 2**50, "5120 TiB")],
+)
 def test_sizes_are_shown_for_people(size, shown):
     assert memory.show_bytes(size) == shown

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlx.core.errors import ConfigError, DivergedError
-from rlx.core.models import Policy, load_policy, load_tokenizer, resolve_dtype
+from rlx.core.models import Policy, load_policy, resolve_dtype
 from rlx.core.settings import Settings
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -48,15 +48,24 @@ def test_the_embedded_model_loads_by_its_name():
     assert torch.isfinite(policy.model(IDS).logits).all()
 
 
-@pytest.mark.parametrize(("device", "dtype", "expected"), [
-    ("cpu", "auto", torch.float32), ("cuda", "auto", torch.bfloat16), ("cuda", "float16", torch.float16),
-    ("cpu", "bfloat16", torch.bfloat16)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", "auto", torch.float32),
+        ("cuda", "auto", torch.bfloat16),
+        ("cuda", "float16", torch.float16),
+        ("cpu", "bfloat16", torch.bfloat16),
+    ],
+)
 def test_dtype_auto_is_float32_on_cpu_and_bfloat16_on_cuda(device, dtype, expected):
     assert resolve_dtype(Settings(dtype=dtype), torch.device(device)) == expected
 
 
-@pytest.mark.parametrize("option", [{"dtype": "float16"}, {"generation_dtype": "float16"}, {"mixed_precision": "fp16"}],
-                         ids=lambda option: f"fault[T13]-{next(iter(option))}")  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [{"dtype": "float16"}, {"generation_dtype": "float16"}, {"mixed_precision": "fp16"}],
+    ids=lambda option: f"fault[T13]-{next(iter(option))}",
+)
 def test_float16_on_a_cpu_is_refused_before_loading(option, tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_policy(settings(tmp_path / "does-not-even-exist", **option))
@@ -68,46 +77,6 @@ def test_stop_tokens_are_those_of_the_tokenizer_and_of_the_generation_config(mak
     folder = make_folder()
     edit(folder / "generation_config.json", eos_token_id=[5, 1])
     assert load_policy(settings(folder)).stop_token_ids == (1, 5)
-
-
-@pytest.mark.parametrize(("special", "pad", "told"), [
-    ({"pad_token": None}, "<pad>", "chosen"),
-    ({"pad_token": "<eos>"}, "<eos>", "pad token is the EOS token"),
-], ids=["fault[T1]", "fault[T2]"])  # fmt: skip
-def test_the_pad_token_is_an_existing_one_and_is_reported(
-    special, pad, told, tiny_tokenizer, tmp_path, tiny_model
-):
-    tiny_tokenizer(**special).save_pretrained(tmp_path)
-    report = []
-    tokenizer = load_tokenizer(Settings(tokenizer=str(tmp_path)), report=report)
-    assert tokenizer.pad_token == pad and len(tokenizer) == 19
-    assert told in "\n".join(report)
-    policy = load_policy(Settings(), tokenizer=tokenizer, model=tiny_model())
-    assert policy.model.get_input_embeddings().weight.shape[0] == 32  # nothing was resized
-
-
-def test_without_a_reserved_token_the_pad_token_is_unknown_and_then_eos(tiny_tokenizer):
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    from rlx.core.models import ready_tokenizer
-
-    for special, chosen in [({"unk_token": "<unk>", "eos_token": "b"}, "<unk>"), ({"eos_token": "b"}, "b")]:
-        words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
-        tokenizer = ready_tokenizer(PreTrainedTokenizerFast(tokenizer_object=words, **special))
-        assert tokenizer.pad_token == chosen and len(tokenizer) == 3
-
-
-@pytest.mark.parametrize("_", [pytest.param(0, id="fault[T3]")])
-def test_a_tokenizer_without_eos_is_refused_unless_something_else_ends_a_completion(
-    _, tiny_tokenizer, tmp_path
-):
-    tiny_tokenizer(eos_token=None).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        load_tokenizer(Settings(tokenizer=str(tmp_path)))
-    assert caught.value.code == "E-TOKENIZER-EOS" and caught.value.exit_code == 2
-    assert load_tokenizer(Settings(tokenizer=str(tmp_path), stop_strings=["."])).eos_token_id is None
-    assert load_tokenizer(Settings(tokenizer=str(tmp_path)), stop_token_ids=(3,)).eos_token_id is None
 
 
 @pytest.mark.parametrize("_", [pytest.param(0, id="fault[T4]")])
@@ -122,12 +91,14 @@ def test_a_damaged_weights_file_is_named_with_its_sizes(damage, make_folder):
     folder = make_folder()
     file = folder / "model.safetensors"
     whole = file.read_bytes()
-    file.write_bytes({
-        "truncated": whole[:-100],
-        "header": whole[:8] + b"{{{" + whole[11:],
-        "length": (2**40).to_bytes(8, "little") + whole[8:],
-        "empty": b"",
-    }[damage])  # fmt: skip
+    file.write_bytes(
+        {
+            "truncated": whole[:-100],
+            "header": whole[:8] + b"{{{" + whole[11:],
+            "length": (2**40).to_bytes(8, "little") + whole[8:],
+            "empty": b"",
+        }[damage]
+    )
     with pytest.raises(ConfigError) as caught:
         load_policy(settings(folder))
     assert caught.value.where == str(file) and caught.value.exit_code == 2
@@ -273,8 +244,15 @@ def test_dropout_is_off_in_training_and_the_saved_config_keeps_it(
         from transformers import GPT2Config, GPT2LMHeadModel
 
         folder, names = tmp_path / "gpt2", ["attn_pdrop", "resid_pdrop", "embd_pdrop"]
-        config = GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1,
-                            **dict.fromkeys(names, 0.4))  # fmt: skip
+        config = GPT2Config(
+            vocab_size=32,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=1,
+            **dict.fromkeys(names, 0.4),
+        )
         GPT2LMHeadModel(config).save_pretrained(folder)
         tiny_tokenizer().save_pretrained(folder)
     passes = {}
@@ -315,8 +293,13 @@ def change(policy: Policy) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
 
 
-CASES = [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "upcast_norms": True}, {"lora_r": 4},
-         {"dtype": "bfloat16", "lora_r": 4}]  # fmt: skip
+CASES = [
+    {},
+    {"dtype": "bfloat16"},
+    {"dtype": "bfloat16", "upcast_norms": True},
+    {"lora_r": 4},
+    {"dtype": "bfloat16", "lora_r": 4},
+]
 
 
 @pytest.mark.parametrize("options", CASES, ids=str)

@@ -27,7 +27,7 @@ def test_weights_are_cast_inside_and_the_same_tensors_afterwards(tied, name, tin
         assert (model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()) == tied
         logits = model(IDS).logits
         assert logits.dtype == getattr(torch, name)
-        # What casting a copy for good gives, is what casting for a while gives. Rotary frequencies stay float32.
+        # Casting a copy for good gives the same. Rotary frequencies stay float32.
         other = copy.deepcopy(model).to(getattr(torch, name))
         other.model.rotary_emb = copy.deepcopy(model.model.rotary_emb)
         assert torch.equal(logits, other(IDS).logits)

@@ -48,8 +48,11 @@ def build(make_folder, tmp_path: Path):
             first = load_policy(chosen)
             stir(first)
             first.save_pretrained(tmp_path / "adapter")
-            chosen = Settings(model=base, adapter=str(tmp_path / "adapter"),
-                              reference_adapter=str(tmp_path / "adapter") if kind == "named adapter" else None)  # fmt: skip
+            chosen = Settings(
+                model=base,
+                adapter=str(tmp_path / "adapter"),
+                reference_adapter=str(tmp_path / "adapter") if kind == "named adapter" else None,
+            )
         if kind == "model":
             chosen = Settings(model=base, reference_model=base)
         policy = load_policy(chosen)
@@ -186,7 +189,7 @@ def test_a_policy_whose_base_is_trained_along_gets_a_copy(tiny_model, tiny_token
 def test_only_a_frozen_adapter_is_kept_in_checkpoints_and_it_comes_back(build):
     for kind in ("copy", "adapter off", "model"):
         assert build(kind)[1].state_dict() == {}
-    policy, reference = build("adapter")
+    _, reference = build("adapter")
     state, wanted = reference.state_dict(), logps(reference)
     assert len(state) == 28
     again_policy, again = build("adapter", seed=1)

@@ -25,8 +25,16 @@ def reward_model(folder: Path, labels: int = 1, seed: int = 0) -> Path:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         num_labels=labels, pad_token_id=0, initializer_range=0.5)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=labels,
+        pad_token_id=0,
+        initializer_range=0.5,
+    )
     LlamaForSequenceClassification(config).save_pretrained(folder)
     return folder
 
@@ -40,7 +48,7 @@ def filled(size: int = 16) -> ValueHead:
 
 
 def naive_values(model: ValueModel, sequences: Sequences) -> torch.Tensor:
-    """One sequence at a time, without padding: the head on the state of the token to the left of each scored one."""
+    """One sequence at a time, unpadded: the head on the state to the left of each scored token."""
     out, start = [], 0
     for length in sequences.lengths.tolist():
         ids = sequences.ids[start : start + length]
@@ -88,12 +96,16 @@ def test_heads_of_other_tools_load(tmp_path):
         assert torch.equal(head.weight, weight[0]) and head.bias.item() == (bias.item() if number == 0 else 0)
 
 
-@pytest.mark.parametrize(("tensors", "told"), [
-    (None, "there is no value head"),
-    ({"other": torch.zeros(3)}, "no value head"),
-    ({"weight": torch.zeros(8), "bias": torch.zeros(())}, "another model"),
-    ({"weight": torch.zeros(2, 8)}, "another model"),
-], ids=["fault[T10]-missing", "fault[T10]-other-names", "fault[T10]-other-size", "fault[T10]-two-outputs"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        (None, "there is no value head"),
+        ({"other": torch.zeros(3)}, "no value head"),
+        ({"weight": torch.zeros(8), "bias": torch.zeros(())}, "another model"),
+        ({"weight": torch.zeros(2, 8)}, "another model"),
+    ],
+    ids=["fault[T10]-missing", "fault[T10]-other-names", "fault[T10]-other-size", "fault[T10]-two-outputs"],
+)
 def test_a_head_that_does_not_fit_is_refused(tensors, told, tmp_path):
     if tensors is not None:
         save_file(tensors, tmp_path / "value_head.safetensors")
@@ -171,8 +183,11 @@ def test_a_head_in_the_folder_of_a_model_is_taken_over(kind, make_folder):
             "v_head.summary.weight": filled().weight[None].detach(),
             "v_head.summary.bias": torch.tensor([0.25]),
         }
-        save_file({**{k: v.clone() for k, v in tensors.items()}, **head}, folder / "model.safetensors",
-                  metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {**{k: v.clone() for k, v in tensors.items()}, **head},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     policy = load_policy(Settings(model=str(folder)), values=True)
     assert torch.equal(policy.value_head.weight, filled().weight) and policy.value_head.bias.item() == 0.25
     separate = load_policy(Settings(model=str(make_folder("other")), value_model=str(folder)), values=True)
