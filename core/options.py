@@ -141,6 +141,8 @@ def options(config: type) -> dict[str, Option]:
         if "rlx" not in field.metadata:
             raise TypeError(f"{config.__qualname__}.{field.name} is declared without rlx.opt(default, doc)")
         default = field.default if field.default_factory is MISSING else field.default_factory()
+        if hints[field.name] is float and type(default) is int:
+            default = float(default)
         out[field.name] = Option(field.name, hints[field.name], default, **field.metadata["rlx"])
     return out
 
@@ -402,6 +404,8 @@ def build(
                 )
             )
     for name, option in known.items():
+        if name not in values and type(option.default) is float:
+            typed[name] = option.default  # a default written 10 is 10.0 everywhere
         if option.default is MISSING and name not in values:
             problems.append(
                 ConfigError(f"{owner} needs the option {name!r}: {option.doc}", code="E-CONFIG-MISSING")

@@ -1,22 +1,12 @@
-"""The command line: which verb is which module, and how a command ends.
-
-A verb's module is imported when the verb is used; none of them imports torch before it must. Every way out
-goes through ``main``: errors become lines on stderr and an exit code, a closed pipe is no error.
-"""
+"""The verbs as one typer application; a verb's module is imported when the verb is used."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import sys
-from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
-
-from rlx.core.commands.failure import failed
-from rlx.core.commands.streams import unbreakable
 
 VERBS = {
     "run": "train: rlx run --algo ppo --reward exact_match, or rlx run config.yaml",
@@ -45,12 +35,6 @@ class Verbs(TyperGroup):
         return command
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(f"rlx {version('rlx')}")
-        raise typer.Exit
-
-
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
@@ -62,37 +46,7 @@ app = typer.Typer(
 
 
 @app.callback(
-    epilog="--traceback, anywhere, shows Python's traceback of an error. Exit codes: docs/exit-codes.md."
+    epilog="rlx --version prints the version; --traceback, anywhere, Python's traceback of an error."
 )
-def rlx(
-    show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
-    ] = False,
-) -> None:
+def rlx() -> None:
     """Reinforcement learning and preference optimisation of language models."""
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the words after ``rlx``; default: the process's own.
-
-    Returns:
-        The exit code.
-    """
-    words = sys.argv[1:] if argv is None else list(argv)
-    traceback = "--traceback" in words
-    words = [word for word in words if word != "--traceback"]
-    if argv is None:
-        unbreakable()
-    try:
-        code = app(args=words, prog_name="rlx", standalone_mode=False)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read our output has seen enough, as `head` does.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (Exception, KeyboardInterrupt) as error:
-        return failed(error, traceback=traceback)
-    return code if isinstance(code, int) else 0

@@ -1,15 +1,17 @@
-"""``rlx check``: everything that ``rlx run`` would check before it loads weights."""
+"""``rlx check``, as typer sees it; its words are read by ``rlx.core.commands.train``."""
 
 from __future__ import annotations
 
 import typer
 
-from rlx.core.commands.run import Words, train_or_check
+from rlx.core.commands.train import train_or_check
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-@app.command(cls=Words)
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
 def check(ctx: typer.Context) -> None:
-    """Check a config, its data and rewards, and print the plan."""
+    """Check everything that rlx run would check before it loads weights."""
     train_or_check(ctx.args, dry_run=True)

@@ -26,14 +26,6 @@ def failed(error: BaseException, *, traceback: bool = False) -> int:
     Returns:
         The exit code.
     """
-    from typer import Exit
-    from typer._click.exceptions import ClickException
-
-    if isinstance(error, Exit):
-        return int(error.exit_code)
-    if isinstance(error, ClickException):
-        error.show()
-        return int(error.exit_code)
     if traceback:
         sys.stderr.write(clean("".join(tracebacks.format_exception(error))) + "\n")
     lines, code = told(error)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rlx.core.commands.failure import crash_report
-from rlx.core.commands.run import finished
+from rlx.core.commands.train import finished
 from rlx.core.errors import ConfigError
 from rlx.core.options import Plain
 from rlx.core.text import safe_text

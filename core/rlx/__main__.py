@@ -9,7 +9,7 @@ def main() -> int:
     Returns:
         The exit code.
     """
-    from rlx.core.commands.app import main as command_line
+    from rlx.core.commands.main import main as command_line
 
     return command_line()
 
