@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rlx.core.batch import Scores, Sequences, flat_index
 from rlx.core.lm_head import Transform, chunk_rows, head_logps, logits_logps, module_logps
 from rlx.core.microbatch import cut
-from rlx.core.probe import plan_for
+from rlx.core.probe import CausalLM, plan_for, trunk_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,7 +60,7 @@ def score(
     Raises:
         ConfigError: for an encoder-decoder, or a model whose logits change with tokens that come later.
     """
-    bare = extract_model_from_parallel(model)
+    bare: CausalLM = extract_model_from_parallel(model)
     sequences = sequences.to(bare.get_input_embeddings().weight.device)
     with accelerator.autocast() if accelerator is not None else nullcontext():
         if torch.is_grad_enabled() and len(sequences):
@@ -100,7 +100,7 @@ def full_kl(
     Returns:
         (S,) float32, nats, on the model's device; not negative beyond rounding.
     """
-    policy = extract_model_from_parallel(policy_model)
+    policy: CausalLM = extract_model_from_parallel(policy_model)
     sequences = sequences.to(policy.get_input_embeddings().weight.device)
     parts, found = _parts(sequences, token_budget), []
     with accelerator.autocast() if accelerator is not None else nullcontext():
@@ -133,7 +133,7 @@ def _in_order(values: list[Any], parts: list[Tensor], sequences: Sequences) -> T
 
 
 def _score(
-    model: nn.Module, sequences: Sequences, temperature: float, entropy: bool, value_head: nn.Module | None
+    model: CausalLM, sequences: Sequences, temperature: float, entropy: bool, value_head: nn.Module | None
 ) -> Scores:
     """Scores of sequences, at least one, in one pass."""
     readout = _Readout(model, sequences, want_hidden=value_head is not None)
@@ -146,12 +146,12 @@ class _Readout:
     """One trunk pass over sequences, and what the head makes of it.
 
     Attributes:
-        hidden: (S, D) states that predict the scored tokens; None if the model gave logits instead.
-        logits: (S, V) in that case, else None.
+        hidden: (S, D) states that predict the scored tokens; empty if plan and caller do without.
+        logits: (S, V) from the model as a whole; empty if the plan does without.
         targets: (S,) the scored tokens.
     """
 
-    def __init__(self, model: nn.Module, sequences: Sequences, *, want_hidden: bool = False) -> None:
+    def __init__(self, model: CausalLM, sequences: Sequences, *, want_hidden: bool = False) -> None:
         self.model, self.plan = model, plan_for(model, sequences)
         self.targets = sequences.ids[sequences.scored]
         ids_NL, mask_NL, scored_NL = _pad(sequences)
@@ -162,19 +162,19 @@ class _Readout:
             inputs["attention_mask"] = mask_NL[:, :width].long()
         predicts = torch.zeros_like(mask_NL[:, :width])
         predicts[:, : scored_NL.shape[1] - 1] = scored_NL[:, 1:]
-        self.hidden: Tensor | None = None
-        self.logits: Tensor | None = None
+        self.hidden = self.logits = torch.empty(0)
         if self.plan.direct:
-            self.hidden = model.get_decoder()(**inputs)[0][predicts]
+            self.hidden = trunk_of(model)(**inputs)[0][predicts]
         else:  # cut from the right: prompt tuning puts virtual tokens before the first one
             out = model(**inputs, output_hidden_states=want_hidden)
             self.logits = out.logits[:, -width:][predicts]
-            self.hidden = out.hidden_states[-1][:, -width:][predicts] if want_hidden else None
+            if want_hidden:
+                self.hidden = out.hidden_states[-1][:, -width:][predicts]
 
     def logps(self, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
         """Log-probs (S,) and entropies (S,) of the scored tokens."""
         plan, targets = self.plan, self.targets
-        if self.logits is not None:
+        if not plan.direct:
             logps, entropies = logits_logps(Transform(temperature)(self.logits), targets, entropy=entropy)
             return logps, entropies if entropy else None
         head = self.model.get_output_embeddings()
@@ -196,10 +196,11 @@ class _Readout:
 
     def log_softmax(self, at: slice, temperature: float) -> Tensor:
         """Log-probs (k, V) float32 of the whole distribution at some rows."""
-        if self.logits is not None:
+        if not self.plan.direct:
             return Transform(temperature)(self.logits[at]).log_softmax(-1)
         transform = Transform(temperature, self.plan.scale, self.plan.softcap)
-        return transform(self.model.get_output_embeddings()(self.hidden[at])).log_softmax(-1)
+        logits: Tensor = self.model.get_output_embeddings()(self.hidden[at])
+        return transform(logits).log_softmax(-1)
 
 
 def _pad(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:

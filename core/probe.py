@@ -10,11 +10,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from rlx.core.errors import ConfigError
 from rlx.core.lm_head import Transform
@@ -36,6 +37,9 @@ SOFTCAPS = ("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap
 """Config names of a soft cap on the logits."""
 
 PROBE_TOKENS = 8
+
+CausalLM = Any
+"""A ``PreTrainedModel`` or a ``PeftModel`` around one: they share methods, but no type."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Plan:
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
 
 
-def plan_for(model: nn.Module, sequences: Sequences) -> Plan:
+def plan_for(model: CausalLM, sequences: Sequences) -> Plan:
     """The plan of a model, found out with the first few tokens of sequences if it is not known yet.
 
     Nothing in a plan depends on which adapter is active or on the values of the weights.
@@ -85,7 +89,22 @@ def plan_for(model: nn.Module, sequences: Sequences) -> Plan:
     return plan
 
 
-def _make_plan(model: nn.Module, ids: Tensor) -> Plan:
+def trunk_of(model: CausalLM) -> nn.Module:
+    """The part of a causal language model that gives hidden states, adapters included.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model around one.
+    """
+
+    def headless(part: nn.Module) -> bool:
+        return isinstance(part, PreTrainedModel) and part.get_output_embeddings() is None
+
+    # In some architectures transformers' rule of thumb finds the head, or the model itself: look further then.
+    candidates: list[nn.Module] = [model.get_decoder(), *model.modules()]
+    return next(filter(headless, candidates), candidates[0])
+
+
+def _make_plan(model: CausalLM, ids: Tensor) -> Plan:
     """Probe a model in eval mode (no random draw is used up), and put every module back into its mode."""
     if model.config.is_encoder_decoder:
         raise ConfigError(
@@ -105,7 +124,7 @@ def _make_plan(model: nn.Module, ids: Tensor) -> Plan:
             module.training = True
 
 
-def _probe(model: nn.Module, ids: Tensor) -> Plan:
+def _probe(model: CausalLM, ids: Tensor) -> Plan:
     """Watch the model on a few tokens (PROBE_TOKENS,), and see whether its parts do the same."""
     head = type(model.get_output_embeddings())
     hidden, transform = _watch_head(model, ids)
@@ -121,7 +140,7 @@ def _probe(model: nn.Module, ids: Tensor) -> Plan:
     masks: list[dict[str, Tensor]] = [{}, {"attention_mask": mask}]
     if hidden is not None and transform is not None:
         for extra in masks:
-            if imitated(model.get_decoder()(input_ids=padded, use_cache=False, **extra)[0], hidden):
+            if imitated(trunk_of(model)(input_ids=padded, use_cache=False, **extra)[0], hidden):
                 return Plan(head, True, bool(extra), transform.scale, transform.softcap)
     want = model(input_ids=ids[None], use_cache=False).logits[0, -PROBE_TOKENS:]
     for extra in masks:
@@ -136,7 +155,7 @@ def _probe(model: nn.Module, ids: Tensor) -> Plan:
     )
 
 
-def _watch_head(model: nn.Module, ids: Tensor) -> tuple[Tensor | None, Transform | None]:
+def _watch_head(model: CausalLM, ids: Tensor) -> tuple[Tensor | None, Transform | None]:
     """What the head is given (L, D), and what is done with its output; None where that is not known."""
     head = model.get_output_embeddings()
     # Prompt and prefix tuning act outside the trunk. Only PEFT models, and transformers models with an
@@ -163,7 +182,7 @@ def _watch_head(model: nn.Module, ids: Tensor) -> tuple[Tensor | None, Transform
     return hidden[0][0], _find_transform(model, raw[0], logits)
 
 
-def _find_transform(model: nn.Module, raw: Tensor, logits: Tensor) -> Transform | None:
+def _find_transform(model: CausalLM, raw: Tensor, logits: Tensor) -> Transform | None:
     """The combination of the config's factors and soft caps that makes logits of the head's output."""
     config = model.config.get_text_config(decoder=True).to_dict()
     numbers = {name: float(x) for name, x in config.items() if isinstance(x, int | float) and x}

@@ -57,6 +57,9 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         layer_types=["conv", "full_attention"],
         block_multiple_of=8,
     ),
+    "llama4": lambda: tf.Llama4TextConfig(
+        **SIZES, intermediate_size_mlp=32, num_local_experts=2, attention_chunk_size=8, no_rope_layers=[1, 0]
+    ),
     "cohere": lambda: tf.CohereConfig(**SIZES, logit_scale=4.0),
     "granite": lambda: tf.GraniteConfig(**SIZES, logits_scaling=0.125),
 }
