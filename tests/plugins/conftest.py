@@ -60,7 +60,12 @@ def run_python(tmp_path):
             text=True,
             cwd=tmp_path,
             timeout=120,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", **env},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([*map(str, path), os.environ.get("PYTHONPATH", "")]),
+                "OMP_NUM_THREADS": "1",
+                **env,
+            },
         )
         assert done.returncode == expect, done.stderr
         return json.loads(done.stdout)

@@ -25,6 +25,8 @@ def good(name="fine"):
     return registering(("reward", name, f"rlx_{name}:reward"), extra=REWARD)
 
 
+REGISTER = "import rlx\n\n@rlx.hookimpl\ndef rlx_register(registry):\n    {}\n"
+
 # id, source, what the reason says, what the traceback says
 BROKEN = [
     ("fault[P1]-import-error", "raise ImportError('no libfoo')", "no libfoo", "raise ImportError"),
@@ -37,7 +39,8 @@ BROKEN = [
         "circular import",
         "from rlx_bad import later",
     ),
-    ("fault[P2]-register-raises", registering(extra="1 / 0"), "division by zero", "1 / 0"),
+    ("fault[P2]-register-exits", REGISTER.format("raise SystemExit"), "SystemExit", "raise SystemExit"),
+    ("fault[P2]-register-raises", REGISTER.format("1 / 0"), "division by zero", "1 / 0"),
     (
         "fault[P3]-unknown-argument",
         "import rlx\n@rlx.hookimpl\ndef rlx_register(registri): pass",

@@ -62,9 +62,9 @@ def test_asking_for_an_attribute_at_once_imports_the_real_thing(run_python, modu
         import json, sys
         from rlx.plugins.light import deferred, Proxy
         with deferred():
-            import eager
-            import hidden
             import user
+            import hidden
+            import eager
         import torch
         left = [n for n, m in sys.modules.items() if isinstance(m, Proxy)]
         finders = [type(f).__module__ for f in sys.meta_path if type(f).__module__.startswith("rlx.")]

@@ -145,8 +145,9 @@ def test_a_failure_says_which_part_failed(here, kind, reference, code, said):
     (here / "raises.py").write_text("1 / 0")
     (here / "exits.py").write_text("raise SystemExit(0)")
     (here / "needs.py").write_text("import no_such_library")
-    with pytest.raises(rlx.RlxError) as caught:
-        resolve(kind, reference)
+    for _ in range(2):  # a failed import leaves nothing behind that a second try would find
+        with pytest.raises(rlx.RlxError) as caught:
+            resolve(kind, reference)
     text = "\n".join(caught.value.lines())
     assert caught.value.exit_code == code and len(caught.value.lines()) <= 12
     for part in said:
