@@ -199,7 +199,7 @@ class RunFolder:
             self.path.rmdir()
 
     def _delete_run(self) -> None:
-        # Names in the manifest are only compared with what lies here: none of them can lead out of the folder.
+        # Names in the manifest are only compared with what lies here: none can lead out of the folder.
         listed = [name for name in read_manifest(self.path).get("files", []) if isinstance(name, str)]
         for entry in list(self.path.iterdir()):
             if entry.name not in (*OWN_FILES, *listed):
