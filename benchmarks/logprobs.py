@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -135,10 +136,10 @@ def render(found: dict[str, list[dict[str, float]]], threads: int) -> str:
     lines = [
         "# Log-probs at scored positions, forward and backward",
         "",
-        f"{POSITIONS} positions, {SCORED} scored, vocabulary {VOCABULARY}, hidden {HIDDEN}, float32; gradients",
-        f"of hidden states and weight. {platform.machine()}, {threads} threads, torch {torch.__version__}.",
-        f"Median of {len(next(iter(found.values())))} fresh processes a way, taken in turns. Memory is the peak",
-        f"of resident bytes above the inputs; the weight's gradient ({gradient:.0f} MB) is in it.",
+        f"{POSITIONS} positions, {SCORED} scored, vocabulary {VOCABULARY}, hidden {HIDDEN}, float32;",
+        f"gradients of hidden states and weight. {platform.machine()}, {threads} threads, torch {torch.__version__}.",
+        f"Median of {len(next(iter(found.values())))} fresh processes a way, taken in turns; load average",
+        f"{os.getloadavg()[0]:.1f} at the end. Memory is the peak of resident bytes above the inputs; the weight's gradient ({gradient:.0f} MB) is in it.",
         "",
         "| way | seconds | faster | peak MB | less |",
         "|---|---|---|---|---|",

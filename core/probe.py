@@ -99,7 +99,7 @@ def trunk_of(model: CausalLM) -> nn.Module:
     def headless(part: nn.Module) -> bool:
         return isinstance(part, PreTrainedModel) and part.get_output_embeddings() is None
 
-    # In some architectures transformers' rule of thumb finds the head, or the model itself: look further then.
+    # In some architectures transformers' rule of thumb finds the head, or the model itself: look further.
     candidates: list[nn.Module] = [model.get_decoder(), *model.modules()]
     return next(filter(headless, candidates), candidates[0])
 
