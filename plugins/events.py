@@ -106,7 +106,7 @@ class Events:
             except Exception as error:
                 # A callback need not inherit rlx.Callback, so `observer` may be absent.
                 shown = f"callback {impl.plugin_name!r} of {origin(impl.plugin)}"
-                note = f"{shown}, hook {event}, step {given['run'].step}"
+                note = f"{shown}, hook {event}, step {given['run'].global_step}"
                 if not getattr(impl.plugin, "observer", False):
                     error.add_note(note)
                     raise

@@ -11,7 +11,7 @@ import rlx
 from rlx.plugins.events import Events, global_hooks
 from rlx.testing import isolated
 
-RUN = SimpleNamespace(step=3)
+RUN = SimpleNamespace(global_step=3)
 
 
 class Recorder:
