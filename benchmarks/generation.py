@@ -2,9 +2,9 @@
 
     python benchmarks/generation.py [--threads 2] [--repeats 3] [--case playground …]
 
-Both sides sample the same number of tokens: the random model's head makes each of them a stop token with the same
-small probability, so that lengths are geometric; tokens per second count what the completions keep. Writes
-benchmarks/results/generation.md.
+Both sides sample the same number of tokens: the random model's head makes each of them a stop token with the
+same small probability, so that lengths are geometric; tokens per second count what the completions keep.
+Writes benchmarks/results/generation.md.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ def build(name):
 
     heads = dict(bos_token_id=None, eos_token_id=None, max_position_embeddings=1024)
     configs = {
-        "playground": LlamaConfig(vocab_size=128, hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                                  num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, **heads),
+        "playground": LlamaConfig(vocab_size=128, hidden_size=96, intermediate_size=256,
+                                  num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+                                  tie_word_embeddings=True, **heads),
         "tiny": LlamaConfig(vocab_size=16384, hidden_size=256, intermediate_size=768, num_hidden_layers=6,
-                            num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, **heads),
+                            num_attention_heads=8, num_key_value_heads=4,
+                                  tie_word_embeddings=True, **heads),
         "small": Qwen2Config(vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
-                             num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False, **heads),
+                             num_attention_heads=8, num_key_value_heads=8,
+                             tie_word_embeddings=False, **heads),
     }  # fmt: skip
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(configs[name]).eval()
@@ -88,9 +91,9 @@ def measure(name, repeats):
             seconds[side].append(time.perf_counter() - start)
             speeds[side].append(tokens / seconds[side][-1])
     ratios = [a / b for a, b in zip(speeds[ours], speeds[theirs], strict=True)]
-    pick = statistics.median
-    return (f"| {name} | {pick(seconds[ours]):.3f} | {pick(speeds[ours]):.0f} | {pick(seconds[theirs]):.3f} | "
-            f"{pick(speeds[theirs]):.0f} | {pick(ratios):.2f} |")  # fmt: skip
+    numbers = [seconds[ours], speeds[ours], seconds[theirs], speeds[theirs], ratios]
+    ours_s, ours_speed, theirs_s, theirs_speed, ratio = map(statistics.median, numbers)
+    return f"| {name} | {ours_s:.3f} | {ours_speed:.0f} | {theirs_s:.3f} | {theirs_speed:.0f} | {ratio:.2f} |"
 
 
 def main():

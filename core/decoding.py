@@ -35,7 +35,7 @@ class Door:
     """
 
     def __init__(self, model: nn.Module, decoder: PreTrainedModel) -> None:
-        # DistributedDataParallel broadcasts buffers in each forward; processes take different numbers of steps.
+        # DistributedDataParallel broadcasts buffers at each forward; processes take unequal numbers of steps.
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.decoder = decoder
         self.vocabulary: int = decoder.get_input_embeddings().weight.shape[0]
@@ -151,7 +151,7 @@ class Run:
         distinct: dict[tuple[int, ...], int] = {}
         which = [distinct.setdefault(tuple(self.prompts[s // self.n]), len(distinct)) for s in samples]
         width, device = max(map(len, distinct)), self.door.device
-        # A prompt's own first token pads it: a repetition penalty must meet no token that is not in the text.
+        # A prompt's own first token pads it: a repetition penalty must meet no other token.
         ids = [[p[0]] * (width - len(p)) + list(p) + [0] * self.length for p in distinct]
         pads = torch.tensor([width - len(p) for p in distinct], device=device)
         column = torch.arange(width + self.length, device=device)

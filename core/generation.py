@@ -1,14 +1,15 @@
 """Sampling completions from any transformers decoder, without gradient.
 
-What this is: each distinct prompt is run once and its key-value cache copied to its completions; rows that are
-finished leave the batch; every token's log-prob is recorded as it is drawn. Greedy output equals
-``model.generate`` token for token. What this leaves out: filling freed rows with waiting prompts, beam search,
-encoder-decoder models. A model whose cache is unknown is decoded by ``model.generate``
+What this is: each distinct prompt is run once and its key-value cache copied to its completions; rows that
+are finished leave the batch; every token's log-prob is recorded as it is drawn. Greedy output equals
+``model.generate`` token for token. What this leaves out: filling freed rows with waiting prompts, beam
+search, encoder-decoder models. A model whose cache is unknown is decoded by ``model.generate``
 (``rlx.core.plain_generation``), said once.
 
-A sample depends on the weights, its prompt, its prompt's seed and its index, not on what else is in the batch: each
-(sample, position) has its own uniform number. Padding and batch size change logits in the last bits, so this holds
-up to float error: two runs part where a uniform number lies that close to the border of two tokens.
+A sample depends on the weights, its prompt, its prompt's seed and its index, not on what else is in the
+batch: each (sample, position) has its own uniform number. Padding and batch size change logits in the last
+bits, so this holds up to float error: two runs part where a uniform number lies that close to the border of
+two tokens.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The key-value cache of sampling: transformers' own, with attention layers that grow without copying.
 
 What this is: ``new_cache`` gives a ``DynamicCache`` for a model's config; its plain full-attention layers are
-replaced by ``GrowingLayer``, every other kind of layer (sliding window, recurrent, shared) stays as transformers
-made it. ``kind_of`` says how rows of different prompt lengths may meet in one batch. All layers answer
-``reorder_cache``, the one operation that both copies a prompt's cache to its completions and drops finished rows.
+replaced by ``GrowingLayer``, every other kind of layer (sliding window, recurrent, shared) stays as
+transformers made it. ``kind_of`` says how rows of different prompt lengths may meet in one batch. All layers
+answer ``reorder_cache``, the one operation that both copies a prompt's cache to its completions and drops
+finished rows.
 
 Legend: R rows, H key-value heads, T cached tokens, D head size.
 """
@@ -18,8 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-# Tokens of room added when a layer is full. More room means fewer copies, but rows that lie further apart, which
-# slows attention down where a row's keys are few (256 rows of 35 x 24 numbers: 0.55 ms without gaps, 1.2 ms with).
+# Tokens of room added when a layer is full. More room means fewer copies, but rows that lie further apart,
+# which slows attention down where a row's keys are few: 256 rows of 35 x 24 numbers take 0.55 ms without gaps
+# and 1.2 ms with.
 GROWTH = 16
 # By name, not by class: which of them exist depends on the version of transformers.
 PADDABLE = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "GrowingLayer"})

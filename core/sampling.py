@@ -1,8 +1,8 @@
 """Drawing tokens: one uniform number a (sample, position), inverse of the cumulative distribution.
 
-What this is: the options of ``Sampling`` turned into transformers' own logits processors, in the order in which
-``model.generate`` applies them; and a draw that depends on nothing but its logits and its uniform number, so that
-a sample is the same whatever else is in the batch.
+What this is: the options of ``Sampling`` turned into transformers' own logits processors, in the order in
+which ``model.generate`` applies them; and a draw that depends on nothing but its logits and its uniform
+number, so that a sample is the same whatever else is in the batch.
 
 Legend: R rows, V vocabulary, T new tokens, N samples.
 """
