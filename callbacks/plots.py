@@ -109,9 +109,9 @@ def _family(ax: Axes, name: str, history: History) -> None:
             continue
         held_out = metric.startswith("eval/")
         label = safe_text(metric, 40).replace("$", r"\$")  # matplotlib reads $…$ as mathematics
-        style = {"marker": "o", "markersize": 5, "linewidth": 2.2} if held_out else {"linewidth": 1.6}
-        marker = {"marker": "."} if len(steps) == 1 and not held_out else {}
-        ax.plot(steps, values, color=COLORS[place % len(COLORS)], label=label, **style, **marker)
+        marker = "o" if held_out else "." if len(steps) == 1 else ""
+        width, color = 2.2 if held_out else 1.6, COLORS[place % len(COLORS)]
+        ax.plot(steps, values, color=color, label=label, linewidth=width, marker=marker, markersize=5)
         drawn += 1
     ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
     ax.set_xlabel("step", fontsize=9)

@@ -29,7 +29,7 @@ def model_card(run: Any) -> str:
         front_matter(settings, adapter=adapter),
         f"# {safe_text(run.folder.path.name, 100)}",
         f"{'An adapter for' if adapter else 'A policy trained from'} {base} with"
-        f" **{safe_text(settings.algo, 60).upper()}** on {data}, by [rlx](https://pypi.org/project/rlx).",
+        f" **{safe_text(settings.algo, 60).upper()}** on {data}, by rlx.",
         "## Results",
         results(history, run.global_step),
         "## Use",

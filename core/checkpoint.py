@@ -153,15 +153,35 @@ def is_ours(folder: Path) -> bool:
     return bool(known) and not folder.is_symlink() and (folder / MANIFEST).is_file()
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush every file below a folder, and the folders, to the disk."""
-    for path in _walk(folder):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
+def sync_tree(folder: Path) -> dict[str, dict[str, Any]]:
+    """Flush every file below a folder, and the folders, to the disk.
+
+    Files get the folder's permissions to read and write: safetensors gives its files to the owner alone.
+
+    Returns:
+        Each file's name, relative to the folder, with its ``size`` and ``sha256``.
+
+    Raises:
+        SaveError: there is a link or a special file.
+        OSError: the disk refuses.
+    """
+    files, folders, mode = {}, [folder], folder.stat().st_mode & 0o666
+    for path in sorted(_walk(folder)):
+        if path.is_symlink() or not (path.is_dir() or path.is_file()):
+            got = "a link or special file"
+            raise SaveError("a checkpoint holds plain files only", where=str(path), got=got)
+        if path.is_dir():
+            folders.append(path)
+            continue
+        with open(path, "rb") as file:
+            os.fchmod(file.fileno(), mode)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+            size = os.fstat(file.fileno()).st_size
+        files[path.relative_to(folder).as_posix()] = {"size": size, "sha256": digest}
+    for path in reversed(folders):
+        _sync_folder(path)
+    return files
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -198,27 +218,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _seal(folder: Path, step: int, identity: Mapping[str, Any]) -> None:
     """Hash and flush every file below folder, then write and flush the manifest and the folder itself."""
-    files, folders = {}, [folder]
-    for path in sorted(_walk(folder)):
-        if path.is_symlink() or not (path.is_dir() or path.is_file()):
-            raise SaveError(
-                "a checkpoint holds plain files only", where=str(path), got="a link or special file"
-            )
-        if path.is_dir():
-            folders.append(path)
-            continue
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
-            size = os.fstat(file.fileno()).st_size
-        files[path.relative_to(folder).as_posix()] = {"size": size, "sha256": digest}
-    durable = all([_sync_folder(each) for each in reversed(folders)])
+    files = sync_tree(folder)
     manifest = {
         "schema": SCHEMA,
         "step": step,
         "files": files,
         "identity": dict(identity),
-        "durability": "full" if durable else "no folder fsync",
+        "durability": "full" if _sync_folder(folder) else "no folder fsync",
     }
     manifest["sha256"] = _seal_of(manifest)
     with open(folder / MANIFEST, "x", encoding="utf-8") as file:

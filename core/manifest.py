@@ -89,8 +89,9 @@ def finish(folder: RunFolder, status: str, *, seconds: float, exit_code: int) ->
 
 def command_line(words: Sequence[str]) -> str:
     """A command line as a shell takes it, secrets replaced."""
-    shown, hide = [], False
-    for word in words:
+    program = {"rlx": ["rlx"], "__main__.py": ["python", "-m", "rlx"]}
+    shown, hide = program.get(Path(words[0]).name, [words[0]]), False
+    for word in words[1:]:
         flag, sign, _ = word.partition("=")
         secret = flag.startswith("--") and is_secret(flag.lstrip("-").replace("-", "_"))
         shown.append(REDACTED if hide else f"{flag}={REDACTED}" if secret and sign else redact(word))

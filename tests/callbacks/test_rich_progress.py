@@ -17,7 +17,8 @@ OURS = re.compile(
     r"\x1b\[[0-9;]*[mABCDHJKhl]|\x1b\[\?25[hl]"
 )  # what rich itself sends: colours, cursor, erase
 HOSTILE = [
-    "[/INST] done", "[bold]x[/bold]", "[link=http://evil]x[/link]", "[red]", "[/]", "[[", "\\[bold]", ":smile:",
+    "[/INST] done", "[bold]x[/bold]", "[link=http://evil]x[/link]", "[red]", "[/]", "[[", "\\[bold]",
+    ":smile:",
     ":warning:",
     "\x1b[2J", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\x", "\x9b2J", "\x9d0;x\x9c",
     "\x90q\x9c",
@@ -129,8 +130,8 @@ import types
 from rich.console import Console
 from rlx.callbacks.rich_progress import RichProgress
 s = types.SimpleNamespace
-run = s(config=s(settings=s(algo='ppo', model='m', dataset='d')), folder=s(path='x'), global_step=0, total_steps=1,
-        metrics_history=[], evaluated=None, printers=[print])
+run = s(config=s(settings=s(algo='ppo', model='m', dataset='d')), folder=s(path='x'), global_step=0,
+        total_steps=1, metrics_history=[], evaluated=None, printers=[print])
 RichProgress(None).open(run, Console(force_terminal=True))
 {error}
 """

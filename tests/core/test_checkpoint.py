@@ -526,3 +526,12 @@ def test_reading_and_writing_a_checkpoint_needs_no_torch(tmp_path):
         "assert checkpoint.newest(r)[0]; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_can_be_read_by_those_who_may_read_the_folder(tmp_path):
+    def private(folder):
+        (folder / "model.safetensors").write_bytes(b"x")
+        (folder / "model.safetensors").chmod(0o600)
+
+    folder = checkpoint.write(tmp_path, 1, private, identity={}, keep=None)
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == folder.stat().st_mode & 0o666
