@@ -147,7 +147,7 @@ class Run:
         yield batch
 
     def rows(self, samples: list[int]) -> tuple[Rows, Tensor]:
-        """Rows of one distinct prompt each, with room for the completion; and the row of each sample, (N,)."""
+        """Rows of one distinct prompt each, with room for the completion; and the row of each sample."""
         distinct: dict[tuple[int, ...], int] = {}
         which = [distinct.setdefault(tuple(self.prompts[s // self.n]), len(distinct)) for s in samples]
         width, device = max(map(len, distinct)), self.door.device
