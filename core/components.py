@@ -7,7 +7,6 @@ options.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from rlx.core.errors import ConfigError, ErrorGroup, PluginError, RlxError
 from rlx.core.options import build, close, options, scalar
 from rlx.core.text import safe_text
 from rlx.plugins import references
+from rlx.plugins.contract import NoOptions
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def check_spec(spec: Spec) -> Component:
         return Component(
             spec.kind, spec.ref, {k: scalar(v) for k, v in spec.given.items()}, spec.where, spec.name
         )
-    config = config_class(found, owner) if isinstance(found, type) else references.NoOptions
+    config = config_class(found, owner) if isinstance(found, type) else NoOptions
     checked = build(config, spec.given, owner=owner, where=spec.places)
     return Component(spec.kind, spec.ref, shallow(checked), spec.where, spec.name)
 
@@ -217,8 +217,3 @@ def flatten(problems: Iterable[RlxError]) -> list[RlxError]:
         for error in problems
         for inner in (error.problems if isinstance(error, ErrorGroup) else [error])
     ]
-
-
-def fields_of(config: Any) -> list[str]:
-    """Names of a dataclass's fields."""
-    return [field.name for field in dataclasses.fields(config)]

@@ -158,7 +158,8 @@ class Draft:
 
     def load_plugins(self) -> None:
         """Choose which plugins there are before anything is looked up by name."""
-        given = {name: self.given[name] for name in ("no_plugin", "strict_plugins") if name in self.given}
+        names = ("no_plugin", "strict_plugins")
+        given: dict[str, Any] = {name: self.given[name] for name in names if name in self.given}
         if not any(given.values()):
             return
         from rlx.plugins.registry import discover

@@ -8,7 +8,6 @@ Nothing is interpolated: a secret belongs into the environment variable that its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +24,34 @@ _TAG = "tag:yaml.org,2002:"
 _Loader = yaml.CBaseLoader if yaml.__with_libyaml__ else yaml.BaseLoader
 
 
-@dataclass
-class Document:
-    """A config file as read.
-
-    Attributes:
-        values: the mapping at its top.
-        where: path of a key or item (``reward[0].target``) → ``file:line:column``.
-    """
-
-    values: dict[str, Any] = field(default_factory=dict)
-    where: dict[str, str] = field(default_factory=dict)
-
-
-def read_yaml(path: str | Path) -> Document:
+def read_config(path: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The mapping in a YAML file and where each of its keys stands.
 
     Args:
         path: the file; messages show it as it was given.
 
     Returns:
-        Values: mappings, lists, text (``Plain`` when unquoted), True, False and None.
+        Values (mappings, lists, text, ``Plain`` when unquoted, True, False, None), and the place of each key
+        and item: path (``reward[0].target``) → ``file:line:column``.
 
     Raises:
         ConfigError: missing, unreadable, too large, not UTF-8, not YAML, no mapping, a duplicate key, a tag.
     """
-    return parse_yaml(_read_text(Path(path)), safe_text(path))
+    return parse_config(_read_text(Path(path)), safe_text(path))
 
 
-def parse_yaml(text: str, name: str) -> Document:
-    """Like ``read_yaml``, of text that was read already.
+def parse_config(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Like ``read_config``, of text that was read already.
 
     Args:
         text: the YAML.
         name: what messages call it.
 
     Returns:
-        The document; an empty text gives an empty one.
+        Values and places; an empty text has none.
 
     Raises:
-        ConfigError: as ``read_yaml``.
+        ConfigError: as ``read_config``.
     """
     builder = _Builder(name)
     try:
@@ -73,11 +60,11 @@ def parse_yaml(text: str, name: str) -> Document:
     except yaml.YAMLError as error:
         raise _syntax_error(error, name) from None
     if node is None:
-        return Document()
+        return {}, {}
     if not isinstance(node, yaml.MappingNode):
         raise builder.problem(node, "a config is a mapping", got=_kind(node), expected="key: value lines")
     values = builder.build(node, "", 0)
-    return Document(values, builder.where)
+    return values, builder.where
 
 
 def _read_text(path: Path) -> str:
@@ -164,7 +151,9 @@ class _Builder:
                 raise self.problem(event, "too many or too deeply nested values")
 
     def place(self, node: yaml.Node | yaml.Event) -> str:
-        return f"{self.name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
+        mark = node.start_mark
+        assert mark is not None  # only nodes that were built by hand have none
+        return f"{self.name}:{mark.line + 1}:{mark.column + 1}"
 
     def problem(
         self, node: yaml.Node | yaml.Event, what: str, *, got: str = "", expected: str = "", hint: str = ""
@@ -186,6 +175,7 @@ class _Builder:
             return _value(node)
         if isinstance(node, yaml.SequenceNode):
             return [self._item(item, f"{path}[{i}]", depth) for i, item in enumerate(node.value)]
+        assert isinstance(node, yaml.MappingNode)  # there is no fourth kind
         return self._mapping(node, path, depth)
 
     def _item(self, node: yaml.Node, path: str, depth: int) -> Any:

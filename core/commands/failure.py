@@ -98,7 +98,7 @@ def crash_report(folder: Path) -> Iterator[None]:
 
 def clean(text: str) -> str:
     """Text of several lines, safe to print and without secrets."""
-    return redact(safe_text(text, 200_000, keep_newlines=True))
+    return str(redact(safe_text(text, 200_000, keep_newlines=True)))
 
 
 def _first_line(error: BaseException) -> str:

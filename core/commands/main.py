@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import version
+from typing import Any
 
 from rlx.core.commands.failure import failed
 from rlx.core.commands.streams import unbreakable
@@ -61,14 +62,14 @@ def dispatch(words: list[str]) -> int:
     from rlx.core.commands.app import app
 
     # Click's base of all usage errors; typer has its own copy of click, or not, depending on its version.
-    ClickException = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "ClickException")
+    usage_error: type[Any] = next(kind for kind in BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
         code = app(args=words, prog_name="rlx", standalone_mode=False)
     except Exit as leaving:
         if isinstance(leaving.__cause__, KeyboardInterrupt):  # typer's wrapping
             raise leaving.__cause__ from None
         return int(leaving.exit_code)
-    except ClickException as wrong:
+    except usage_error as wrong:
         wrong.show()
         return int(wrong.exit_code)
     return code if isinstance(code, int) else 0

@@ -76,7 +76,11 @@ def summary(folder: Path) -> dict[str, Any]:
         )
     lines = _lines(metrics)
     best, broken = newest(folder)
-    files = sorted(path for path in folder.iterdir() if not path.name.startswith(("checkpoint-", ".")))
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.name != "plots" and not path.name.startswith(("checkpoint-", "."))
+    )
     plots = sorted(path for path in (folder / "plots").glob("*.png"))
     return {
         "folder": str(folder),
