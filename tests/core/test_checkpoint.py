@@ -151,7 +151,8 @@ def sweep(tmp_path, mode: str) -> list[int]:
         if mode != "crash":
             assert code in (0, 3), f"call {place}: exit {code}"
             assert not list(root.glob(".tmp-*")), f"call {place} left a temporary folder"
-        newest, _ = checkpoint.newest(root)
+        newest, broken = checkpoint.newest(root)
+        assert broken == [], f"call {place} left a checkpoint that is visible and not whole"
         found.append(checkpoint.read_manifest(newest)["step"] if newest else 0)
         checkpoint.clean(root)
         assert not [path for path in root.iterdir() if path.name.startswith(".")]
