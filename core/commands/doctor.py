@@ -76,5 +76,5 @@ def _plugins() -> dict[str, str]:
     out = {"plugins": ", ".join(f"{plugin.name} {plugin.version}" for plugin in found.plugins())}
     out |= {f"broken: {name}": str(reason) for name, reason in found.broken.items()}
     if found.blocked:
-        out["not loaded"] = ", ".join(found.blocked)
+        out["not loaded"] = ", ".join(plugin.name for plugin in found.blocked)
     return out
