@@ -140,7 +140,8 @@ def check_data(
     Args and errors are those of ``load_prompts``. Rows that are in both are counted in the evaluation's
     report.
     """
-    loaded, problems = [], []
+    loaded: list[PromptData] = []
+    problems: list[RlxError] = []
     for evaluation in (False, True):
         if _source(settings, evaluation)[0] is None:
             continue

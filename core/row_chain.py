@@ -151,17 +151,15 @@ def _without_failing(
             kept.append(row)
     faults = [(row, alone) for row, alone in failing if not isinstance(alone, BadRow)]
     if not failing or (faults and ledger.on_bad_row == "error"):
-        row, cause = faults[0] if faults else (None, error)
+        cause = faults[0][1] if faults else error
+        together = f"all {len(rows)} rows together, none of them alone"
+        place = ledger.table.place(faults[0][0][ROW]) if faults else together
         raise PluginError(
             f"transform {name_of(transform)} failed{references.origin(transform)}",
             code="E-PLUGIN-TRANSFORM",
-            where=ledger.table.place(row[ROW])
-            if row
-            else f"all {len(rows)} rows together, none of them alone",
+            where=place,
             got=f"{type(cause).__name__}: {safe_text(cause, 200)}",
-            hint="mend the transform, or --on-bad-row drop leaves out the rows that it fails on"
-            if row
-            else "",
+            hint="mend the transform" + ", or leave such rows out: --on-bad-row drop" * bool(faults),
         ) from cause
     ledger.unusable([(row, _reason(transform, alone)) for row, alone in failing])
     return kept

@@ -397,6 +397,19 @@ def test_rows_that_a_transform_fails_on_are_dropped_only_by_policy(chat_tokenize
         load_prompts(settings(texts("abc"), on_bad_row="drop"), chat_tokenizer, [Picky(Options("raises"))])
 
 
+def test_a_second_try_starts_from_unspoilt_rows(chat_tokenizer):
+    class Spoiler(Transform):
+        def __call__(self, rows, tokenizer):
+            for row in rows:
+                if row["prompt"] == "b":
+                    raise ValueError("no b")
+                row["prompt"] += "!"
+            return rows
+
+    options = settings(texts("ab"), on_bad_row="drop", max_bad_rows=0.5)
+    assert load_prompts(options, chat_tokenizer, [Spoiler(Options())]).prompts.columns["prompt"] == ["a!"]
+
+
 def test_rows_that_a_transform_leaves_out_or_adds_are_reported(chat_tokenizer):
     kept = run_faulty(chat_tokenizer, "filter")
     assert kept.prompts.rows == [0, 2]

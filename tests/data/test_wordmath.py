@@ -23,7 +23,8 @@ def test_answers_follow_from_the_words():
 
 def test_splits_share_no_operand_pair():
     pairs = {split: {(r["x"], r["y"]) for r in WordMath().rows(split)} for split in ("train", "test")}
-    assert pairs["train"].isdisjoint(pairs["test"])
+    assert all(held_out(*pair) for pair in pairs["test"])
+    assert not any(held_out(*pair) for pair in pairs["train"])
     everything = [(x, y) for x in range(3, 98) for y in range(2, x) if x + y <= 99]
     assert len(everything) == 2304
     assert sum(held_out(x, y) for x, y in everything) == 296
