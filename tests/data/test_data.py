@@ -1,7 +1,5 @@
 """The whole way from rows to token ids: what comes out, what is reported, what is refused."""
 
-import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlx.core.data import check_data, load_prompts, overlap
-from rlx.core.errors import ConfigError, DataError, ErrorGroup, PluginError
+from rlx.core.errors import ConfigError, DataError, ErrorGroup
 from rlx.core.settings import Settings
-from rlx.plugins.contract import Transform
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl.gz"
 NEEDED = {"exact_match": ("answer",)}
@@ -275,145 +272,3 @@ def test_plain_text_gets_what_begins_a_text_and_not_what_ends_it():
 class Templated(Bracketed):
     def apply_chat_template(self, messages, **_):
         return messages[0]["content"]
-
-
-# Transforms
-
-
-@dataclass(frozen=True)
-class Options:
-    fault: str = ""
-
-
-class Shout(Transform):
-    takes, gives = frozenset({"raw"}), frozenset({"prompt"})
-
-    def __call__(self, rows, tokenizer):
-        return [{**row, "prompt": row["raw"].upper()} for row in rows]
-
-
-class Faulty(Transform):
-    """One fault a value of the option."""
-
-    gives = frozenset({"extra"})
-
-    def __call__(self, rows, tokenizer):
-        fault = self.config.fault
-        if fault == "raises" and any(row["prompt"] == "b" for row in rows):
-            raise KeyError("nothing for b")
-        if fault == "together" and len(rows) > 1:
-            raise RuntimeError("too many")
-        if fault == "none":
-            return None
-        if fault == "generator":
-            return (row for row in rows)
-        if fault == "schema":
-            return [row if i == 1 else {**row, "extra": 1} for i, row in enumerate(rows)]
-        if fault == "text":
-            return ["x"]
-        if fault == "filter":
-            return [{**row, "extra": 1} for row in rows if row["prompt"] != "b"]
-        return [{"prompt": row["prompt"] + end, "extra": 1} for row in rows for end in "12"]
-
-
-def run_faulty(tokenizer, fault, **options):
-    return load_prompts(settings(texts("abc"), **options), tokenizer, [Faulty(Options(fault))])
-
-
-def test_transforms_run_in_order_and_may_make_the_prompt(chat_tokenizer):
-    found = load_prompts(settings([{"raw": "a"}, {"raw": "b"}]), chat_tokenizer, [Shout(Options())])
-    assert [text[8] for text in found.prompts.texts] == ["A", "B"]
-    assert found.prompts.rows == [0, 1]
-
-
-def test_the_chain_is_checked_before_a_row_is_touched(chat_tokenizer):
-    class Never(Shout):
-        def __call__(self, rows, tokenizer):
-            raise AssertionError("called")
-
-    with pytest.raises(DataError) as caught:
-        load_prompts(settings(texts("ab")), chat_tokenizer, [Never(Options())])
-    assert caught.value.what.endswith("Never needs the column 'raw', which the list given does not have")
-    with pytest.raises(DataError, match="reward exact_match needs the column 'answer'"):
-        load_prompts(settings([{"raw": "a"}]), chat_tokenizer, [Never(Options())], columns_needed=NEEDED)
-
-
-def test_the_source_is_left_as_it_was(chat_tokenizer):
-    class Vandal(Transform):
-        def __call__(self, rows, tokenizer):
-            for row in rows:
-                row["prompt"] = "x"
-            return rows
-
-    rows = texts("ab")
-    before = copy.deepcopy(rows)
-    found = load_prompts(settings(rows), chat_tokenizer, [Vandal(Options())])
-    assert rows == before
-    assert found.prompts.columns["prompt"] == ["x", "x"]
-
-
-PLUGIN_FAULTS = {
-    "fault[D12]-raises": ("raises", "failed", "row 1", "KeyError: 'nothing for b'"),
-    "fault[D12]-together": (
-        "together",
-        "failed",
-        "all 3 rows together, none of them alone",
-        "RuntimeError: too many",
-    ),
-    "fault[D12]-none": ("none", "gave no list of rows", "", "NoneType"),
-    "fault[D12]-generator": ("generator", "gave no list of rows", "", "generator"),
-    "fault[D12]-schema": (
-        "schema",
-        "gave a row of the wrong shape",
-        "row 1 of what it gave",
-        "a dict of prompt",
-    ),
-    "fault[D12]-text": ("text", "gave a row of the wrong shape", "row 0 of what it gave", "str"),
-}
-
-
-@pytest.mark.parametrize("fault", PLUGIN_FAULTS)
-def test_a_faulty_transform_is_named(chat_tokenizer, fault):
-    option, what, where, got = PLUGIN_FAULTS[fault]
-    with pytest.raises(PluginError, match=what) as caught:
-        run_faulty(chat_tokenizer, option)
-    assert "Faulty" in caught.value.what
-    assert caught.value.exit_code == 4
-    assert caught.value.where == where
-    assert caught.value.got.startswith(got)
-
-
-def test_rows_that_a_transform_fails_on_are_dropped_only_by_policy(chat_tokenizer):
-    class Picky(Faulty):
-        def __call__(self, rows, tokenizer):
-            super().__call__(rows, tokenizer)
-            return [{**row, "extra": 1} for row in rows]
-
-    options = settings(texts("abc"), on_bad_row="drop", max_bad_rows=0.4)
-    found = load_prompts(options, chat_tokenizer, [Picky(Options("raises"))])
-    assert found.prompts.rows == [0, 2]
-    assert "raises KeyError" in found.report[1]
-    with pytest.raises(DataError, match="1 of 3 rows"):
-        load_prompts(settings(texts("abc"), on_bad_row="drop"), chat_tokenizer, [Picky(Options("raises"))])
-
-
-def test_a_second_try_starts_from_unspoilt_rows(chat_tokenizer):
-    class Spoiler(Transform):
-        def __call__(self, rows, tokenizer):
-            for row in rows:
-                if row["prompt"] == "b":
-                    raise ValueError("no b")
-                row["prompt"] += "!"
-            return rows
-
-    options = settings(texts("ab"), on_bad_row="drop", max_bad_rows=0.5)
-    assert load_prompts(options, chat_tokenizer, [Spoiler(Options())]).prompts.columns["prompt"] == ["a!"]
-
-
-def test_rows_that_a_transform_leaves_out_or_adds_are_reported(chat_tokenizer):
-    kept = run_faulty(chat_tokenizer, "filter")
-    assert kept.prompts.rows == [0, 2]
-    assert any(line.startswith("left out 1 of 3 rows: by transform") for line in kept.report)
-    more = run_faulty(chat_tokenizer, "")
-    assert len(more) == 6
-    assert any(line.endswith("3 rows became 6") for line in more.report)
