@@ -11,7 +11,8 @@ import re
 from typing import Any
 
 from rlx.core.errors import ConfigError, ErrorGroup, RlxError
-from rlx.core.options import FALSE, TRUE, Option, Plain, is_list, options
+from rlx.core.options import FALSE, TRUE, Option, is_list, options
+from rlx.core.plain import Plain
 from rlx.core.settings import Settings
 from rlx.core.text import safe_text
 

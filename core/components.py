@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlx.core.errors import ConfigError, ErrorGroup, PluginError, RlxError
-from rlx.core.options import build, close, options, scalar
+from rlx.core.options import build, close, options
+from rlx.core.plain import scalar
 from rlx.core.text import safe_text
 from rlx.plugins import references
 from rlx.plugins.contract import NoOptions

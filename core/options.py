@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from rlx.core.errors import ConfigError, ErrorGroup, RlxError
+from rlx.core.plain import scalar
 from rlx.core.text import redact, safe_text
 
 MISSING = dataclasses.MISSING
@@ -330,34 +331,6 @@ def _number(annotation: type, value: str | int | float, wrong: ValueError) -> in
     if isinstance(value, float) and (not math.isfinite(value) or value != int(value)):
         raise wrong
     return int(value)
-
-
-class Plain(str):
-    """Text written without quotes, in YAML or as a flag: its type is decided where it is used."""
-
-
-def scalar(value: Any) -> Any:
-    """A value whose option declares no type: plain text that reads as a number or truth value becomes one.
-
-    Args:
-        value: anything; lists and mappings are gone through.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): scalar(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [scalar(item) for item in value]
-    if not isinstance(value, Plain):
-        return value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if value.lower() in ("null", "none", "~"):
-        return None
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            continue
-    return str(value)
 
 
 def build(

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from rlx.core.errors import ConfigError, RlxError
-from rlx.core.options import Plain
+from rlx.core.plain import Plain
 from rlx.core.text import safe_text
 
 MAX_BYTES = 1 << 20

@@ -10,7 +10,7 @@ import typer
 from rlx.core.commands.failure import crash_report
 from rlx.core.commands.train import finished
 from rlx.core.errors import ConfigError
-from rlx.core.options import Plain
+from rlx.core.plain import Plain
 from rlx.core.text import safe_text
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)

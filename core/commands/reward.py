@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rlx.core.errors import ConfigError
-from rlx.core.options import Plain
+from rlx.core.plain import Plain
 from rlx.core.text import safe_text
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlx.core.errors import ConfigError, ErrorGroup
-from rlx.core.options import Option, Plain, build, close, is_list, opt, options, parse, scalar, type_name
+from rlx.core.options import Option, build, close, is_list, opt, options, parse, type_name
+from rlx.core.plain import Plain, scalar
 
 
 def option(kind: Any, default: Any = None, **more: Any) -> Option:

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rlx.core.errors import ConfigError
-from rlx.core.options import Plain
+from rlx.core.plain import Plain
 from rlx.core.yaml_file import MAX_BYTES, parse_config, read_config
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
