@@ -1,7 +1,7 @@
 """Read a YAML config: safely, strictly, and with the line and column of everything.
 
 No object is ever constructed from a tag, aliases cannot blow up, a key stands once, and the file has a size
-limit. Scalars without quotes stay text (``rlx.core.options.Plain``) until the option that takes them says
+limit. Scalars without quotes stay text (``rlx.core.plain.Plain``) until the option that takes them says
 what they are, so that ``1e-5`` is a number, a revision ``1e10`` stays text, and ``no`` is no accident.
 Nothing is interpolated: a secret belongs into the environment variable that its reader names.
 """
