@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 # Tokens of room added when a layer is full. More room means fewer copies, but rows that lie further apart,
 # which slows attention down where a row's keys are few: 256 rows of 35 x 24 numbers take 0.55 ms without gaps
 # and 1.2 ms with.
+# Whole runs against concatenating at each token: 700-token prompts 1.26 times faster, 22-token prompts alike.
 GROWTH = 16
 # By name, not by class: which of them exist depends on the version of transformers.
 PADDABLE = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer", "GrowingLayer"})
