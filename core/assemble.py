@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlx.core import plan
+from rlx.core import manifest, plan
 from rlx.core.data import PromptData, check_data
 from rlx.core.errors import ConfigError
 from rlx.core.folder import RunFolder
 from rlx.core.models import load_tokenizer, ready_tokenizer
 from rlx.core.order import Order
+from rlx.core.pretrained import Source, load_config
 from rlx.core.scoring import NamedReward, RewardRunner
 from rlx.plugins.events import Events, global_hooks
 from rlx.plugins.references import make
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from rlx.core.config import RunConfig
     from rlx.core.loop import Run
+    from rlx.core.settings import Settings
     from rlx.plugins.contract import Algorithm
 
-DEFAULT_CALLBACKS = ("rich_progress", "log_completions", "plots", "health", "model_card")
+DEFAULT_CALLBACKS = ("rich_progress", "log_completions", "plots", "health", "model_card", "trackers")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Checked:
         data: training prompts.
         eval_data: held-out prompts, or None.
         order: rows of each batch.
+        model_config: the model's own configuration.
         plan: what will be done, a line each.
     """
 
@@ -49,6 +51,7 @@ class Checked:
     data: PromptData
     eval_data: PromptData | None
     order: Order
+    model_config: Any
     plan: list[str]
 
 
@@ -67,13 +70,14 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
     algorithm: Algorithm = config.algorithm.make()
     rewards = build_rewards(config)
     report: list[str] = []
+    model_config = _model_config(settings, objects)
     tokenizer = _tokenizer(config, objects, algorithm, report)
     data, eval_data = check_data(
         settings,
         tokenizer,
         [component.make() for component in config.transforms],
         columns_needed=rewards.columns_needed if rewards else {},
-        max_positions=_max_positions(config, objects),
+        max_positions=_max_positions(model_config),
     )
     order = Order(
         len(data),
@@ -88,13 +92,13 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
         lines += [f"evaluation: {line}" for line in eval_data.report]
     if rewards is not None:
         lines += plan.try_rewards(rewards, data.prompts)
-    return Checked(config, algorithm, rewards, tokenizer, data, eval_data, order, lines)
+    return Checked(config, algorithm, rewards, tokenizer, data, eval_data, order, model_config, lines)
 
 
 def dry_run(config: RunConfig, objects: Mapping[str, Any]) -> list[str]:
     """Check everything, load nothing, and return the plan."""
     checked = check(config, objects)
-    return checked.plan + plan.memory_before_loading(config)
+    return checked.plan + plan.memory_before_loading(checked, objects.get("model"))
 
 
 def assemble(config: RunConfig, objects: Mapping[str, Any], *, folder: RunFolder | None = None) -> Run:
@@ -110,23 +114,34 @@ def assemble(config: RunConfig, objects: Mapping[str, Any], *, folder: RunFolder
     """
     checked = check(config, objects)
     accelerator = build_accelerator(config)
-    made = folder is None
-    if folder is None:
-        folder = RunFolder.create(
-            Path(config.settings.output_dir), overwrite=config.settings.overwrite_output_dir
-        )
+    made = None
+    if folder is None and accelerator.is_main_process:
+        settings = config.settings
+        folder = made = RunFolder.create(settings.output_dir, overwrite=settings.overwrite_output_dir)
     try:
-        return _with_weights(checked, objects, accelerator, folder)
+        run = _with_weights(checked, objects, accelerator, folder)
+        if folder is not None:
+            device = str(accelerator.device)
+            processes = accelerator.num_processes
+            manifest.begin(
+                folder,
+                seed=config.settings.seed,
+                data=checked.data.fingerprint,
+                device=device,
+                processes=processes,
+            )
+            folder.write_text("config.yaml", config.to_yaml())
     except BaseException:
-        if made:
-            folder.discard()
-        else:
+        if made is not None:
+            made.discard()
+        elif folder is not None:
             folder.close()
         raise
+    return run
 
 
 def _with_weights(
-    checked: Checked, objects: Mapping[str, Any], accelerator: Accelerator, folder: RunFolder
+    checked: Checked, objects: Mapping[str, Any], accelerator: Accelerator, folder: RunFolder | None
 ) -> Run:
     from rlx.core.loop import Run
     from rlx.core.models import load_policy
@@ -138,7 +153,14 @@ def _with_weights(
     model = objects.get("model")
     if model is None:
         model = global_hooks().rlx_load_model(spec=settings)
-    policy = load_policy(settings, accelerator, checked.tokenizer, model, values="values" in algorithm.needs)
+    policy = load_policy(
+        settings,
+        accelerator,
+        checked.tokenizer,
+        model,
+        values="values" in algorithm.needs,
+        value_model=objects.get("value_model"),
+    )
     reference = None
     if algorithm.needs & {"reference", "kl"}:
         reference = build_reference(settings, policy, accelerator, objects.get("reference_model"))
@@ -146,7 +168,7 @@ def _with_weights(
     stops = tuple(sorted({*policy.stop_token_ids, *algorithm.stop_token_ids}))
     studio = Studio(policy, reference, config.generator.make(), checked.rewards, settings, accelerator, stops)
     updater = Updater(policy, algorithm, settings, accelerator, updates)
-    lines = checked.plan + policy.report + plan.weights(policy, reference, settings, accelerator)
+    lines = checked.plan + policy.report + plan.weights(policy, reference, algorithm, settings, accelerator)
     run = Run(
         config, accelerator, policy, algorithm, studio, updater, checked.data, checked.eval_data,
         checked.order, Events(), folder, lines,
@@ -191,21 +213,19 @@ def _tokenizer(config: RunConfig, objects: Mapping[str, Any], algorithm: Algorit
     return load_tokenizer(settings, stop_token_ids=algorithm.stop_token_ids, report=report)
 
 
-def _max_positions(config: RunConfig, objects: Mapping[str, Any]) -> int | None:
-    """The longest sequence that the model can take, None where it does not say."""
-    from rlx.core.pretrained import Source, load_config
-
-    settings = config.settings
+def _model_config(settings: Settings, objects: Mapping[str, Any]) -> Any:
+    """The model's own configuration, its weights not needed."""
     if "model" in objects:
-        declared = objects["model"].config
-    else:
-        declared = load_config(
-            Source.of(
-                settings.model,
-                role="model",
-                revision=settings.model_revision,
-                trust_remote_code=settings.trust_remote_code,
-            )
-        )
-    # State-space models have no limit, and no such field.
-    return getattr(declared.get_text_config(decoder=True), "max_position_embeddings", None)
+        return objects["model"].config
+    source = Source.of(
+        settings.model,
+        role="model",
+        revision=settings.model_revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    return load_config(source)
+
+
+def _max_positions(model_config: Any) -> int | None:
+    """The longest sequence that the model can take; None for one without a limit, as state-space models."""
+    return getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)

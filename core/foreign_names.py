@@ -129,7 +129,7 @@ REMARKS: dict[str, str] = {
     "tuner_type": "lora_r: 8 trains a LoRA adapter, lora_r: 0 all weights",
     "use_peft": "lora_r: 8 trains a LoRA adapter, lora_r: 0 all weights",
     "bf16": "mixed_precision: bf16, or dtype: bfloat16",
-    "fp16": "mixed_precision: fp16",
+    "fp16": "mixed_precision: bf16",
     "use_score_norm": "score_scaling: standardise",
     "ppo_score_norm": "score_scaling: standardise",
     "use_score_scaling": "score_scaling: std",

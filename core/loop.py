@@ -10,10 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rlx.core import manifest
 from rlx.core.evaluate import evaluate
 from rlx.core.meter import Meter, total
 from rlx.core.order import Order, share
@@ -50,7 +52,7 @@ class Run:
         eval_data: held-out prompts, or None.
         order: which rows make which batch.
         events: callbacks.
-        folder: the run folder.
+        folder: the run folder, on the main process; None on the others.
         plan: what will be done, a line each.
         global_step: batches done.
         metrics_history: one entry a log line.
@@ -70,7 +72,7 @@ class Run:
     eval_data: PromptData | None
     order: Order
     events: Events
-    folder: RunFolder
+    folder: RunFolder | None
     plan: list[str]
     global_step: int = 0
     metrics_history: list[dict[str, Any]] = field(default_factory=list)
@@ -85,7 +87,8 @@ class Run:
     def __post_init__(self) -> None:
         self.settings, self.tokenizer = self.config.settings, self.policy.tokenizer
         self.score = RunScorer(self.studio)
-        self.since, self.tokens_since = time.perf_counter(), self.tokens
+        self.began = self.since = time.perf_counter()
+        self.tokens_since = self.tokens
 
     @property
     def total_steps(self) -> int:
@@ -96,6 +99,25 @@ class Run:
     def is_main(self) -> bool:
         """True on the process that writes and prints."""
         return self.accelerator.is_main_process
+
+    @property
+    def path(self) -> Path:
+        """Where the run folder is."""
+        return Path(self.settings.output_dir) if self.folder is None else self.folder.path
+
+    def close(self, status: str = "finished", exit_code: int = 0) -> None:
+        """Give back the folder and what the generator holds; the manifest says how the run ended.
+
+        Args:
+            status: ``finished``, ``interrupted`` or ``failed``.
+            exit_code: what the command line will exit with.
+        """
+        self.studio.generator.close()
+        if self.folder is not None:
+            manifest.finish(
+                self.folder, status, seconds=time.perf_counter() - self.began, exit_code=exit_code
+            )
+            self.folder.close()
 
     def say(self, line: str) -> None:
         """Print a line, on the main process only."""
@@ -200,7 +222,7 @@ class Run:
         """Write one line of metrics and tell the callbacks."""
         line = {"step": self.global_step, **metrics}
         self.metrics_history.append(line)
-        if self.is_main:
+        if self.folder is not None:
             self.folder.log_metrics(line)
         self.events.emit("on_log", run=self, metrics=line)
         self.since, self.tokens_since = time.perf_counter(), self.tokens
@@ -222,7 +244,11 @@ class Run:
     def _observe(self, rollouts: Rollouts) -> None:
         """Take in what the rollouts themselves tell, whatever the algorithm makes of them."""
         counts = rollouts.sequences.counts.float()
-        seen = {"completion/length": counts, "completion/eos_rate": rollouts.finished.float()}
+        seen = {
+            **rollouts.metrics,
+            "completion/length": counts,
+            "completion/eos_rate": rollouts.finished.float(),
+        }
         if rollouts.score is not None:
             applies = ~rollouts.score.isnan()
             reward = rollouts.score[applies]

@@ -231,25 +231,26 @@ def resolve_dtype(settings: Settings, device: torch.device) -> torch.dtype:
     """The type that ``dtype`` means on a device.
 
     Raises:
-        ConfigError: float16 on a CPU, for weights, sampling or autocast.
+        ConfigError: float16 on a CPU, for weights or sampling.
     """
     if device.type == "cpu":
         half = [
             option
             for option, value in (("dtype", settings.dtype), ("generation_dtype", settings.generation_dtype))
             if value == "float16"
-        ] + ["mixed_precision"] * (settings.mixed_precision == "fp16")
+        ]
         if half:
             raise ConfigError(
                 f"{half[0]}: float16 does not train on a CPU",
                 code="E-DTYPE",
                 got=f"device {device}",
                 expected="float32 or bfloat16",
-                hint=f"--{half[0].replace('_', '-')} "
-                + ("bf16" if half[0] == "mixed_precision" else "bfloat16"),
+                hint=f"--{half[0].replace('_', '-')} bfloat16",
             )
     if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        # Weights that are trained stay in float32: in bfloat16 the updates of usual learning rates round away.
+        frozen = settings.lora_r > 0 or settings.adapter is not None
+        return torch.bfloat16 if device.type == "cuda" and frozen else torch.float32
     return DTYPES[settings.dtype]
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from rlx.core.memory import empty_model, estimate
+from rlx.core.models import resolve_dtype
 from rlx.core.text import safe_text
+from rlx.core.update import token_budget
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from rlx.core.assemble import Checked
     from rlx.core.batch import Prompts
     from rlx.core.config import RunConfig
     from rlx.core.models import Policy
@@ -58,7 +65,7 @@ def try_rewards(rewards: RewardRunner, prompts: Prompts) -> list[str]:
         RewardError: what a reward returned cannot be used; better now than after the weights are loaded.
     """
     rows = prompts.take(range(min(TRIED_ROWS, len(prompts))))
-    lines = []
+    lines, untouched = [], copy.deepcopy(rewards.state_dict())
     for name, texts in _stand_ins(rows).items():
         # Token ids stand for the text only in their number: one a word, so that per-token rewards can be
         # told apart.
@@ -66,6 +73,7 @@ def try_rewards(rewards: RewardRunner, prompts: Prompts) -> list[str]:
         values = [" ".join(f"{reward} {value:g}" for reward, value in zip(scored.rewards, row, strict=True))
                   for row in zip(*(v.tolist() for v in scored.rewards.values()), strict=True)]  # fmt: skip
         lines.append(f"reward tried on {name}: {'; '.join(values)}")
+    rewards.load_state_dict(untouched)
     return lines
 
 
@@ -78,23 +86,61 @@ def _stand_ins(rows: Prompts) -> dict[str, list[str]]:
 
 
 def weights(
-    policy: Policy, reference: Reference | None, settings: Settings, accelerator: Accelerator
+    policy: Policy,
+    reference: Reference | None,
+    algorithm: Algorithm,
+    settings: Settings,
+    accelerator: Accelerator,
 ) -> list[str]:
     """Parameters, devices and memory, once the weights are loaded."""
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     everything = sum(parameter.numel() for parameter in policy.model.parameters())
     dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
     where = f"{accelerator.device.type}, {accelerator.num_processes} process(es)"
-    lines = [
-        f"{everything:,} parameters in {dtype} on {where}; {trained:,} of them and of the value function are trained",
+    return [
+        f"{everything:,} parameters in {dtype} on {where}; {trained:,} trained, the value function's included",
         f"reference: {'none' if reference is None else reference.kind}",
+        *estimate(
+            policy.model,
+            settings,
+            token_budget=token_budget(settings, accelerator.device),
+            generation_rows=generation_rows(algorithm, settings),
+            reference="none" if reference is None else reference.kind,
+            reference_model=None if reference is None else reference.model,
+            value=policy.value,
+        ).lines(),
     ]
-    return lines
 
 
-def memory_before_loading(config: RunConfig) -> list[str]:
-    """An estimate from the model's configuration alone."""
-    return []
+def memory_before_loading(checked: Checked, model: Any) -> list[str]:
+    """An estimate of the memory from the model's configuration alone.
+
+    Args:
+        checked: what is known of the run.
+        model: a model object given from Python, or None.
+    """
+    settings, algorithm = checked.config.settings, checked.algorithm
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if model is None:
+        model = empty_model(checked.model_config, settings, resolve_dtype(settings, device))
+    kind = "none"
+    if algorithm.needs & {"reference", "kl"}:
+        kind = "model" if settings.reference_model else "adapter off" if settings.lora_r else "copy"
+    report = estimate(
+        model,
+        settings,
+        token_budget=token_budget(settings, device),
+        generation_rows=generation_rows(algorithm, settings),
+        reference=kind,
+        device=device,
+    )
+    return report.lines()
+
+
+def generation_rows(algorithm: Algorithm, settings: Settings) -> int:
+    """Completions sampled at a time."""
+    everything = settings.batch_size * algorithm.completions_per_prompt
+    return min(everything, settings.generation_batch_size or everything)
 
 
 def show(lines: list[str]) -> str:

@@ -82,6 +82,7 @@ class Studio:
             repetition_penalty=settings.repetition_penalty,
             stop_token_ids=stop_token_ids,
             stop_strings=tuple(settings.stop_strings),
+            batch_size=settings.generation_batch_size,
         )
 
     def sample(self, prompts: Prompts, n: int, seeds: Sequence[int], *, greedy: bool = False) -> Completions:
@@ -133,7 +134,11 @@ class Studio:
         with self.clock.measure("reward"):
             scored = self.rewards.score(prompts, texts, completions.ids)
         return replace(
-            rollouts, score=scored.score, rewards=scored.rewards, token_scores=scored.token_scores
+            rollouts,
+            score=scored.score,
+            rewards=scored.rewards,
+            token_scores=scored.token_scores,
+            metrics={name: torch.tensor([value]) for name, value in scored.metrics.items()},
         ).to(device)
 
     def measure(self, batch: Rollouts, completions: Completions, needs: frozenset[str]) -> Rollouts:
@@ -164,7 +169,7 @@ class Studio:
                 self.reference.active,
                 sequences,
                 temperature=self.settings.temperature,
-                token_budget=token_budget(self.settings, self.accelerator),
+                token_budget=token_budget(self.settings, self.accelerator.device),
             )
 
     def score(self, sequences: Sequences, model: str = "policy", *, values: bool = False) -> Scores:
@@ -173,7 +178,7 @@ class Studio:
         Raises:
             ValueError: for any other name, or if there is no reference.
         """
-        budget = token_budget(self.settings, self.accelerator)
+        budget = token_budget(self.settings, self.accelerator.device)
         options: dict[str, Any] = {
             "temperature": self.settings.temperature,
             "token_budget": budget,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlx.core.errors import CheckpointError, ConfigError, Interrupted, RlxError,
 from rlx.core.evaluate import evaluate
 from rlx.core.folder import RunFolder
 from rlx.core.signals import Signals
+from rlx.core.text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -96,17 +96,9 @@ def resume(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Re
     """
     folder, overrides = Path(folder), dict(overrides or {})
     config = stored_config(folder, overrides)
-    newest, broken = checkpoint.newest(folder)
+    newest, broken = checkpoint.latest(folder)
     for path, reason in broken:
         log.warning("%s is not usable: %s", path, reason)
-    if newest is None:
-        raise CheckpointError(
-            "there is no checkpoint to resume from",
-            where=str(folder),
-            got="; ".join(f"{path.name}: {reason}" for path, reason in broken[:3])
-            or "no checkpoint-<step> folder",
-            hint="start again with rlx run and save_steps set",
-        )
     run = assemble(config, {}, folder=RunFolder.open(folder))
     try:
         for warning in snapshot.check_identity(run, newest, overrides):
@@ -161,7 +153,7 @@ def train(run: Run) -> Result:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         RlxError: or whatever else stopped it, after the callbacks were told.
     """
-    signals, status = Signals(), "failed"
+    signals, status, code = Signals(), "failed", 1
     try:
         with signals.caught():
             run.events.emit("on_run_start", run=run)
@@ -171,17 +163,26 @@ def train(run: Run) -> Result:
                     run.log(before)
             _walk(run, signals)
             _keep(run)
-        status = "finished"
+        status, code = "finished", 0
     except BaseException as error:
-        status = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+        code = (
+            error.exit_code
+            if isinstance(error, RlxError)
+            else 130
+            if isinstance(error, KeyboardInterrupt)
+            else 1
+        )
+        status = "interrupted" if code in (130, 143) else "failed"
         _rescue(run, error)
-        run.events.emit("on_error", run=run, error=error)
+        _tell(run, error, "on_error", error=error)
+        _tell(run, error, "on_run_end")
         raise
+    else:
+        run.events.emit("on_run_end", run=run)
     finally:
-        with contextlib.ExitStack() as stack:
-            stack.callback(run.close, status)
-            run.events.emit("on_run_end", run=run)
-    return Result(run.metrics_history, run.folder.read_completions(), run.policy, run.folder.path, run.plan)
+        run.close(status, code)
+    completions = run.folder.read_completions() if run.folder is not None else []
+    return Result(run.metrics_history, completions, run.policy, run.path, run.plan)
 
 
 def _walk(run: Run, signals: Signals) -> None:
@@ -202,22 +203,30 @@ def _walk(run: Run, signals: Signals) -> None:
             raise Interrupted(
                 f"signal {stopped} after step {run.global_step} of {run.total_steps}; everything is saved",
                 signum=stopped,
-                where=str(run.folder.path / f"checkpoint-{run.global_step}"),
-                hint=f"rlx resume {run.folder.path}",
+                where=str(run.path / f"checkpoint-{run.global_step}"),
+                hint=f"rlx resume {run.path}",
             )
 
 
 def _keep(run: Run) -> None:
     """Write the final policy to the root of the run folder."""
-    if run.is_main:
-        run.policy.save_pretrained(run.folder.path)
-        run.events.emit("on_save", run=run, path=run.folder.path)
+    if run.folder is not None:
+        run.folder.publish(run.policy.save_pretrained)
+        run.events.emit("on_save", run=run, path=run.path)
     run.accelerator.wait_for_everyone()
+
+
+def _tell(run: Run, error: BaseException, event: str, **given: Any) -> None:
+    """Tell the callbacks of a failure; one that fails in turn must not hide what stopped the run."""
+    try:
+        run.events.emit(event, run=run, **given)
+    except Exception as another:
+        error.add_note(f"in {event}, a callback failed too: {type(another).__name__}: {safe_text(another)}")
 
 
 def _rescue(run: Run, error: BaseException) -> None:
     """After a failure between two steps, or before the first optimizer step of one, nothing need be lost."""
-    done = run.global_step > 0 and not (run.folder.path / f"checkpoint-{run.global_step}").exists()
+    done = run.global_step > 0 and not (run.path / f"checkpoint-{run.global_step}").exists()
     if (
         isinstance(error, Interrupted | SaveError)
         or not (run.boundary and done)
@@ -229,4 +238,4 @@ def _rescue(run: Run, error: BaseException) -> None:
     except RlxError as failure:
         run.say(f"no checkpoint could be saved: {failure.what}")
     else:
-        run.say(f"the last whole step is saved in {path}; go on with: rlx resume {run.folder.path}")
+        run.say(f"the last whole step is saved in {path}; go on with: rlx resume {run.path}")

@@ -58,7 +58,7 @@ class Settings:
     trust_remote_code: bool = opt(False, "run the Python code that comes with the model", panel="Model")
     dtype: str = opt(
         "auto",
-        "weights: auto is float32 on CPU, bfloat16 on GPU",
+        "weights: auto is float32, and bfloat16 for the frozen base of an adapter on GPU",
         panel="Model",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
@@ -202,7 +202,10 @@ class Settings:
         panel="Training",
     )
     mixed_precision: str = opt(
-        "no", "autocast of the forward pass", choices=("no", "bf16", "fp16"), panel="Training"
+        "auto",
+        "autocast of the forward pass: auto is bf16 on GPU, none on CPU",
+        choices=("auto", "no", "bf16"),
+        panel="Training",
     )
     seed: int = opt(0, "seed of every random stream", ge=0, panel="Training")
 

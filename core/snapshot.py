@@ -39,14 +39,13 @@ def save(run: Run) -> Path | None:
     if not run.boundary:
         raise ValueError("a checkpoint is taken between two steps, not inside one")
     path = None
-    if run.is_main:
-        keep = run.settings.save_total_limit
+    if run.folder is not None:
         path = checkpoint.write(
-            run.folder.path,
+            run.path,
             run.global_step,
             lambda folder: _fill(run, folder),
             identity=identity(run),
-            keep=keep,
+            keep=run.settings.save_total_limit,
         )
         run.events.emit("on_save", run=run, path=path)
     run.accelerator.wait_for_everyone()
@@ -70,8 +69,9 @@ def restore(run: Run, folder: Path) -> None:
     for name, callback in _stateful(run).items():
         if name in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][name])
-    run.folder.truncate_to(state["offsets"])
-    run.metrics_history[:] = run.folder.read_metrics()
+    if run.folder is not None:
+        run.folder.truncate_to(state["offsets"])
+        run.metrics_history[:] = run.folder.read_metrics()
 
 
 def identity(run: Run) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Updater:
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, total_updates)
-        self.budget = token_budget(settings, accelerator)
+        self.budget = token_budget(settings, accelerator.device)
         self.done = 0  # mini-batches gone through, the position of schedule and dropout stream
         self.skipped_in_a_row = 0
 
@@ -205,9 +205,9 @@ class Updater:
         )
 
 
-def token_budget(settings: Settings, accelerator: Accelerator) -> int:
-    """Tokens of one forward and backward."""
-    return settings.max_tokens_per_micro_batch or (16384 if accelerator.device.type == "cuda" else 4096)
+def token_budget(settings: Settings, device: torch.device) -> int:
+    """Padded tokens of one forward and backward."""
+    return settings.max_tokens_per_micro_batch or (16384 if device.type == "cuda" else 4096)
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:

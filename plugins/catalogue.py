@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rlx.plugins.hookspecs import hookimpl
+from rlx.plugins.loading import load
 from rlx.plugins.registry import Registry
 
 COMPONENTS = {
@@ -58,6 +61,14 @@ COMPONENTS = {
         ),
     },
 }
+
+
+@hookimpl
+def rlx_validate(config: Any) -> None:
+    """Refuse trackers that accelerate would pass over in silence."""
+    if config.settings.report_to:
+        check_trackers = load("rlx.callbacks.trackers:check_trackers")
+        check_trackers(config.settings.report_to)
 
 
 @hookimpl

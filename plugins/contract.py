@@ -177,6 +177,7 @@ class Sampling:
         stop_token_ids: tokens that end a completion, the end-of-sequence tokens included; they are kept in it.
         stop_strings: texts that end a completion; they are kept in it.
         greedy: take the most likely token.
+        batch_size: completions sampled at a time; None leaves it to the generator.
     """
 
     max_new_tokens: int
@@ -188,6 +189,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     greedy: bool = False
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,30 @@ def test_the_list_of_packages_equals_the_tree():
 
 
 def test_no_top_level_folder_is_called_rlx():
-    assert not (ROOT / "rlx").exists()  # it would shadow the installed package from the root of the repository
+    assert not (
+        ROOT / "rlx"
+    ).exists()  # it would shadow the installed package from the root of the repository
 
 
 @pytest.mark.slow
 def test_the_wheel_holds_every_module_and_the_tiny_model(tmp_path):
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    expected = {"rlx/py.typed", "rlx/plugins/datasets/tiny/config.json", "rlx/plugins/datasets/tiny/tokenizer.json"}
+    expected = {
+        "rlx/py.typed",
+        "rlx/plugins/datasets/tiny/config.json",
+        "rlx/plugins/datasets/tiny/tokenizer.json",
+    }
     for package in SETUPTOOLS["packages"]:
         folder = ROOT / next(
             Path(where, *package[len(mapped) :].strip(".").split("."))

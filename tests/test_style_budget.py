@@ -55,7 +55,9 @@ def test_little_is_written_twice():
     seen: dict[tuple[str, ...], set[Path]] = defaultdict(set)
     code = {}
     for file in FILES:
-        code[file] = [line.strip() for line in lines(file) if line.strip() and not line.strip().startswith("#")]
+        code[file] = [
+            line.strip() for line in lines(file) if line.strip() and not line.strip().startswith("#")
+        ]
         for start in range(len(code[file]) - WINDOW + 1):
             seen[tuple(code[file][start : start + WINDOW])].add(file)
     repeated = 0

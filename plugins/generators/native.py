@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rlx.core.options import opt
-from rlx.plugins.contract import Completions, Sampling
+from rlx.plugins.contract import Completions, NoOptions, Sampling
 
 if TYPE_CHECKING:
     from rlx.core.models import Policy
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratorConfig:
-    """Options of the generators that run the policy in this process."""
-
-    generation_batch_size: int | None = opt(
-        None, "completions sampled at a time (default: as many as memory allows)", gt=0
-    )
-
-
 class Native:
     """Shared prompts, finished rows dropped, log-probs recorded: see ``rlx.core.generation``."""
 
-    Config: ClassVar[type] = GeneratorConfig
+    Config: ClassVar[type] = NoOptions
     plain: ClassVar[bool] = False
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: NoOptions) -> None:
         self.config = config
         self.policy: Policy | None = None
 
@@ -51,7 +40,7 @@ class Native:
             sampling,
             seeds,
             tokenizer=self.policy.tokenizer,
-            batch_size=self.config.generation_batch_size,
+            batch_size=sampling.batch_size,
             plain=self.plain,
         )
 

@@ -96,7 +96,10 @@ def test_whitened_rewards_keep_their_mean():
     # rewards 0, 4 | 2: mean 2, unbiased variance 4 → divided by 2 around the mean: 1, 3 | 2
     batch = rollouts([2, 1], [4.0, 2.0])
     torch.testing.assert_close(
-        prepared(batch, whiten_rewards=True, lam=0.0).advantages, torch.tensor([1.0, 3.0, 2.0]), atol=1e-6, rtol=0
+        prepared(batch, whiten_rewards=True, lam=0.0).advantages,
+        torch.tensor([1.0, 3.0, 2.0]),
+        atol=1e-6,
+        rtol=0,
     )
 
 

@@ -53,7 +53,9 @@ def test_first_token_of_a_sequence_cannot_be_scored():
 
 def rollouts():
     seqs = Sequences.from_lists([[1], [1, 2], [3]], [[4, 5], [], [6]])
-    prompts = Prompts([[1], [1, 2], [3]], ["a", "b", "c"], [None] * 3, {"answer": ["x", "y", "z"]}, [10, 11, 12])
+    prompts = Prompts(
+        [[1], [1, 2], [3]], ["a", "b", "c"], [None] * 3, {"answer": ["x", "y", "z"]}, [10, 11, 12]
+    )
     return Rollouts(
         seqs,
         prompts=prompts,

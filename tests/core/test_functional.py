@@ -138,10 +138,12 @@ def test_whiten_over_two_processes_equals_one():
     mine, theirs = x[:3], x[3:]
     # The other process's contributions, in the order in which moments asks for them.
     mean = x.double().mean()
-    others = iter([
-        torch.stack([torch.tensor(7.0, dtype=torch.float64), theirs.double().sum()]),
-        (theirs.double() - mean).square().sum(),
-    ])
+    others = iter(
+        [
+            torch.stack([torch.tensor(7.0, dtype=torch.float64), theirs.double().sum()]),
+            (theirs.double() - mean).square().sum(),
+        ]
+    )
     torch.testing.assert_close(F.whiten(mine, lambda v: v + next(others)), F.whiten(x)[:3])
 
 

@@ -23,8 +23,8 @@ from transformers import (
 from rlx.core import decoding, generation, kv_cache
 from rlx.core.errors import ConfigError, DataError, DivergedError
 from rlx.core.generation import generate
-from rlx.plugins.contract import Generator, Sampling
-from rlx.plugins.generators.native import GeneratorConfig, Native
+from rlx.plugins.contract import Generator, NoOptions, Sampling
+from rlx.plugins.generators.native import Native
 from rlx.plugins.generators.plain import Plain
 
 BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -231,13 +231,13 @@ def test_progress_counts_every_completion(llama):
 def test_generators_keep_the_protocol(kind, llama):
     from types import SimpleNamespace
 
-    generator = kind(GeneratorConfig(generation_batch_size=3))
+    generator = kind(NoOptions())
     assert isinstance(generator, Generator)
     with pytest.raises(RuntimeError, match="sync"):
         generator.generate(PROMPTS, 1, Sampling(2), [0] * 4)
     generator.sync(SimpleNamespace(model=llama, tokenizer=None))
     assert (
-        generator.generate(PROMPTS, 2, Sampling(5), [1, 2, 3, 4]).ids
+        generator.generate(PROMPTS, 2, Sampling(5, batch_size=3), [1, 2, 3, 4]).ids
         == generate(llama, PROMPTS, 2, Sampling(5), [1, 2, 3, 4]).ids
     )
     generator.close()

@@ -63,7 +63,7 @@ def test_dtype_auto_is_float32_on_cpu_and_bfloat16_on_cuda(device, dtype, expect
 
 @pytest.mark.parametrize(
     "option",
-    [{"dtype": "float16"}, {"generation_dtype": "float16"}, {"mixed_precision": "fp16"}],
+    [{"dtype": "float16"}, {"generation_dtype": "float16"}],
     ids=lambda option: f"fault[T13]-{next(iter(option))}",
 )
 def test_float16_on_a_cpu_is_refused_before_loading(option, tmp_path):
