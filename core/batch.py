@@ -194,6 +194,8 @@ class Batch:
         changed: dict[str, Any] = {"sequences": self.sequences.take(index), "metrics": {}}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            if isinstance(value, Sequences) and f.name != "sequences":
+                changed[f.name] = None  # sequences of the whole batch, not of its rows
             if "layout" not in f.metadata or value is None:
                 continue
             pick = picks[f.metadata["layout"]]
@@ -248,6 +250,9 @@ class Rollouts(Batch):
         values: (S,) float32, value of the state before each token.
         advantages: (S,) float32.
         returns: (S,) float32.
+        entropy: (S,) float32, of the sampling policy, where an algorithm's ``prepare`` asked for it.
+
+    All but the first three are None until they were measured.
     """
 
     prompts: Prompts = _layout("sequence")
@@ -256,12 +261,13 @@ class Rollouts(Batch):
     old: Tensor = _layout("token")
     score: Tensor = _layout("sequence")
     rewards: dict[str, Tensor] = _layout("sequence")
-    token_scores: Tensor | None = _layout("token")
-    reference: Tensor | None = _layout("token")
-    kl: Tensor | None = _layout("token")
-    values: Tensor | None = _layout("token")
-    advantages: Tensor | None = _layout("token")
-    returns: Tensor | None = _layout("token")
+    token_scores: Tensor = _layout("token")
+    reference: Tensor = _layout("token")
+    kl: Tensor = _layout("token")
+    values: Tensor = _layout("token")
+    advantages: Tensor = _layout("token")
+    returns: Tensor = _layout("token")
+    entropy: Tensor = _layout("token")
 
 
 @dataclass(frozen=True)
@@ -271,12 +277,16 @@ class Pairs(Batch):
     Attributes:
         reference: (S,) float32, log-prob under the reference.
         margin: (R,) float32, how much better the chosen one is, where the data says so.
+        weights: (R,) float32, what an algorithm's ``prepare`` makes each pair count, detached.
+        anchors: (R,) float32, a number a pair that an algorithm's ``prepare`` took over the whole batch.
     """
 
     per_row: ClassVar[int] = 2
 
-    reference: Tensor | None = _layout("token")
-    margin: Tensor | None = _layout("row")
+    reference: Tensor = _layout("token")
+    margin: Tensor = _layout("row")
+    weights: Tensor = _layout("row")
+    anchors: Tensor = _layout("row")
 
 
 @dataclass(frozen=True)
@@ -285,11 +295,16 @@ class Labeled(Batch):
 
     Attributes:
         desirable: (N,) bool.
+        mismatched: N sequences for the KL estimate: each prompt with the completion of the next row of the batch,
+            over all processes. Whole batches only; mini-batches do without.
         reference: (S,) float32, log-prob under the reference.
+        kl: (N,) float32, KL(policy‖reference) estimate that ``prepare`` took over the whole batch.
     """
 
     desirable: Tensor = _layout("sequence")
-    reference: Tensor | None = _layout("token")
+    mismatched: Sequences | None = None
+    reference: Tensor = _layout("token")
+    kl: Tensor = _layout("sequence")
 
 
 @dataclass(frozen=True)
@@ -302,14 +317,22 @@ class Scores:
     """What one forward gives, a value a scored token.
 
     Attributes:
-        logps: (S,) float32, log-prob of each scored token.
-        entropy: (S,) float32, nats, of the distribution that the token was drawn from; None unless asked for.
-        values: (S,) float32, value of the state before the token; None unless asked for.
+        logps: (S,) float32, log-prob of each scored token. A classifier has none.
+        entropy: (S,) float32, nats, of the distribution that the token was drawn from.
+        values: (S,) float32, value of the state before the token.
+        correct: (S,) bool, whether the token was the most likely one.
+        square: (S,) float32, log Σ_v p(v)² of that distribution, without gradient.
+        reward: (N,) float32, a classifier's score of each sequence.
+
+    All but ``logps`` are None unless ``Algorithm.needs`` asks for them.
     """
 
     logps: Tensor
-    entropy: Tensor | None = None
-    values: Tensor | None = None
+    entropy: Tensor = _layout("token")
+    values: Tensor = _layout("token")
+    correct: Tensor = _layout("token")
+    square: Tensor = _layout("token")
+    reward: Tensor = _layout("sequence")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ No torch here: a component's Config and metadata are read before the training st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
@@ -26,8 +26,14 @@ class NoOptions:
 class Scorer(Protocol):
     """What ``Algorithm.prepare`` gets to look at more than its batch."""
 
-    def __call__(self, sequences: Sequences, model: str = "policy") -> Scores:
-        """Log-probs without gradient of the scored tokens under ``policy`` or ``reference``."""
+    def __call__(self, sequences: Sequences, model: str = "policy", needs: Collection[str] = ()) -> Scores:
+        """Log-probs without gradient of the scored tokens under ``policy`` or ``reference``.
+
+        Args:
+            sequences: any, not only those of the batch.
+            model: ``policy`` or ``reference``.
+            needs: more than log-probs: any of ``entropy``, ``values``, ``correct``, ``square``.
+        """
         ...
 
     def total(self, values: Tensor) -> Tensor:
@@ -45,9 +51,10 @@ class Algorithm:
         Config: frozen dataclass of ``rlx.opt`` fields.
         eats: ``prompts`` (online), ``pairs``, ``labeled`` or ``demonstrations``.
         defaults: core options for which this algorithm has another default.
-        needs: what the loop must provide, any of ``reference`` (log-probs under the reference), ``values`` (a value
-            function, before the update and in it), ``entropy`` (of the policy, in the loss), ``kl`` (the exact
-            KL(policy‖reference) at each token).
+        needs: what the loop must provide, any of ``reference`` (log-probs under the reference, in the batch
+            before ``prepare``), ``values`` (a value function, before the update and in it), ``kl`` (the exact
+            KL(policy‖reference) at each sampled token), and in ``Scores``: ``entropy``, ``correct`` (was the token
+            the most likely one), ``square`` (log Σ p²), ``reward`` (the policy is a sequence classifier).
         completions_per_prompt: how many completions of each prompt are sampled.
         epochs: how often one batch is gone through.
         mini_batches: into how many optimizer steps one pass over a batch is cut.
