@@ -55,6 +55,15 @@ class PromptData:
         """The prompts numbered by index, in that order; numbers may repeat."""
         return self.prompts.take(index)
 
+    def batch(self, rows: Sequence[int], mine: Sequence[int] | None = None) -> Prompts:
+        """The prompts of one batch that belong to this process.
+
+        Args:
+            rows: row numbers of the whole batch, over all processes.
+            mine: places in ``rows`` that are this process's; None for all.
+        """
+        return self.take([rows[place] for place in (range(len(rows)) if mine is None else mine)])
+
 
 def load_prompts(
     settings: Settings,

@@ -1,4 +1,4 @@
-"""Reward on held-out prompts: one sample each, drawn with the same random numbers at every evaluation."""
+"""Evaluation on held-out rows: the reward of samples, or the loss and its metrics."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from rlx.core.order import share
 from rlx.core.streams import stream_seed
 
 if TYPE_CHECKING:
-    from rlx.core.batch import Rollouts
+    from rlx.core.data import PromptData
     from rlx.core.loop import Run
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Sample one completion of each held-out prompt and reward it.
+    """Evaluate the policy as it is.
 
-    The seed of a sample depends on its row alone, so two evaluations differ by the policy and not by luck.
+    Online algorithms sample one completion of each held-out prompt and reward it. The seed of a sample depends
+    on its row alone, so two evaluations differ by the policy and not by luck. Other algorithms take their loss
+    and its metrics over the held-out rows, without gradient and without dropout.
 
     Returns:
         Metrics under ``eval/``, those of callbacks (``on_evaluate``) included.
@@ -26,7 +28,9 @@ def evaluate(run: Run) -> dict[str, float]:
     """
     metrics: dict[str, float] = {}
     if run.eval_data is not None:
-        metrics = _sampled(run)
+        online = run.algorithm.eats == "prompts"
+        metrics = _sampled(run, run.eval_data) if online else _measured(run, run.eval_data)
+        run.studio.clock.seconds.clear()  # the clock belongs to training
     for result in run.events.emit("on_evaluate", run=run):
         for name, value in (result or {}).items():
             if name in metrics:
@@ -35,13 +39,12 @@ def evaluate(run: Run) -> dict[str, float]:
     return metrics
 
 
-def _sampled(run: Run) -> dict[str, float]:
-    data, seed = run.eval_data, run.settings.seed
+def _sampled(run: Run, data: PromptData) -> dict[str, float]:
     mine = list(share(len(data), run.accelerator.process_index, run.accelerator.num_processes))
     prompts = data.take(mine)
-    completions = run.studio.sample(prompts, 1, [stream_seed(seed, "evaluate", row) for row in mine])
-    rollouts: Rollouts = run.studio.reward(prompts, completions, mine)
-    run.studio.clock.seconds.clear()  # the clock belongs to training
+    seeds = [stream_seed(run.settings.seed, "evaluate", row) for row in mine]
+    completions = run.studio.sample(prompts, 1, seeds)
+    rollouts = run.studio.reward(prompts, completions, mine)
     run.evaluated = rollouts
     meter = Meter()
     meter.add("eval/completion/length", rollouts.sequences.counts.float())
@@ -51,3 +54,25 @@ def _sampled(run: Run) -> dict[str, float]:
         for name, values in rollouts.rewards.items():
             meter.add(f"eval/reward/{name}", values[~values.isnan()])
     return meter.means(run.accelerator)
+
+
+def _measured(run: Run, data: PromptData) -> dict[str, float]:
+    size, meter = run.settings.batch_size, Meter()
+    modules = [module for module in run.policy.model.modules() if module.training]
+    run.policy.model.eval()
+    try:
+        for first in range(0, len(data), size):
+            rows = list(range(first, min(first + size, len(data))))
+            mine = list(share(len(rows), run.accelerator.process_index, run.accelerator.num_processes))
+            batch = run.studio.compare(data.batch(rows, mine), run.algorithm.needs)
+            batch = run.algorithm.prepare(batch, run.score)
+            loss, metrics = run.updater.measure(batch)
+            # Every batch's loss is a mean over its rows already: it counts as often as it has rows.
+            metrics.sums["loss"], metrics.counts["loss"] = loss.double() * len(rows), len(mine)
+            meter.merge(metrics)
+            for name, values in batch.metrics.items():
+                meter.add(name, values)
+    finally:
+        for module in modules:
+            module.training = True
+    return {f"eval/{name}": value for name, value in meter.means(run.accelerator).items()}

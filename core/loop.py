@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from accelerate import Accelerator
 
-    from rlx.core.batch import Batch, Rollouts
+    from rlx.core.batch import Batch, Rollouts, Sequences
     from rlx.core.config import RunConfig
     from rlx.core.data import PromptData
     from rlx.core.folder import RunFolder
@@ -48,8 +48,8 @@ class Run:
         algorithm: the loss.
         studio: samples and measures completions.
         updater: optimizer, schedule, micro-batches.
-        data: the training prompts.
-        eval_data: held-out prompts, or None.
+        data: the training data, of the kind that the algorithm eats.
+        eval_data: held-out data, or None.
         order: which rows make which batch.
         events: callbacks.
         folder: the run folder, on the main process; None on the others.
@@ -138,7 +138,8 @@ class Run:
         Returns:
             The metrics of the log line, where this step writes one; else an empty dict.
         """
-        batch = self.prepare(self.roll_out())
+        online = self.algorithm.eats == "prompts"
+        batch = self.prepare(self.roll_out() if online else self.collate())
         for mini_batch in self.minibatches(batch):
             if self.update(mini_batch) == "stop":
                 break
@@ -146,15 +147,27 @@ class Run:
 
     def roll_out(self) -> Rollouts:
         """The rollouts of the next step: sampled, rewarded, measured."""
-        rows = self.order.rows(self.global_step)
-        mine = share(len(rows), self.accelerator.process_index, self.accelerator.num_processes)
-        prompts = self.data.take([rows[i] for i in mine])
+        rows, mine = self.next_rows()
         rollouts = self.studio.roll_out(
-            prompts, self.algorithm.completions_per_prompt, self.algorithm.needs, self.global_step, list(mine)
+            self.data.batch(rows, mine),
+            self.algorithm.completions_per_prompt,
+            self.algorithm.needs,
+            self.global_step,
+            mine,
         )
         self.rollouts = rollouts
         self.events.emit("on_rollouts", run=self, rollouts=rollouts)
         return rollouts
+
+    def collate(self) -> Batch:
+        """The batch of the next step of an algorithm that does not sample, reference log-probs measured."""
+        batch: Batch = self.data.batch(*self.next_rows())
+        return self.studio.compare(batch, self.algorithm.needs)
+
+    def next_rows(self) -> tuple[list[int], list[int]]:
+        """Row numbers of the next batch over all processes, and the places in it that are this process's."""
+        rows = self.order.rows(self.global_step)
+        return rows, list(share(len(rows), self.accelerator.process_index, self.accelerator.num_processes))
 
     def prepare(self, batch: Batch) -> Batch:
         """What the algorithm makes of a batch, once, before the mini-batches: advantages and the like."""
@@ -204,6 +217,8 @@ class Run:
         """
         if self.rollouts is not None:
             self._observe(self.rollouts)
+        else:
+            self._count(batch.sequences)
         for name, values in batch.metrics.items():
             self.meter.add(name, values)
         self.global_step += 1
@@ -258,4 +273,7 @@ class Run:
                 seen["reward/std"] = reward.std()
         for name, values in seen.items():
             self.meter.add(name, values)
-        self.tokens += int(total(self.accelerator, rollouts.sequences.lengths.sum()))
+        self._count(rollouts.sequences)
+
+    def _count(self, sequences: Sequences) -> None:
+        self.tokens += int(total(self.accelerator, sequences.lengths.sum()))

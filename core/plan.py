@@ -13,6 +13,8 @@ from rlx.core.text import safe_text
 from rlx.core.update import token_budget
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from accelerate import Accelerator
 
     from rlx.core.assemble import Checked
@@ -49,12 +51,17 @@ def geometry(algorithm: Algorithm, settings: Settings, order: Order) -> list[str
     n = algorithm.completions_per_prompt
     per_batch = algorithm.epochs * algorithm.mini_batches
     completions = settings.batch_size * n
+    length = (
+        f"the run: {order.total_steps} batches, {order.total_steps * per_batch} optimizer steps, "
+        f"{order.total_rows / order.length:.2f} passes over {order.length} rows"
+    )
+    if algorithm.eats != "prompts":
+        return [f"a batch: {settings.batch_size} rows ({algorithm.eats})", length]
     return [
         f"a batch: {settings.batch_size} prompts × {n} = {completions} completions of at most "
         f"{settings.max_completion_length} tokens; {algorithm.epochs} epochs × {algorithm.mini_batches} "
         f"mini-batches of {completions // algorithm.mini_batches} = {per_batch} optimizer steps",
-        f"the run: {order.total_steps} batches, {order.total_steps * per_batch} optimizer steps, "
-        f"{order.total_rows / order.length:.2f} passes over {order.length} rows",
+        length,
     ]
 
 
@@ -65,24 +72,37 @@ def try_rewards(rewards: RewardRunner, prompts: Prompts) -> list[str]:
         RewardError: what a reward returned cannot be used; better now than after the weights are loaded.
     """
     rows = prompts.take(range(min(TRIED_ROWS, len(prompts))))
-    lines, untouched = [], copy.deepcopy(rewards.state_dict())
+    tried: dict[str, dict[str, list[float]]] = {}
+    untouched = copy.deepcopy(rewards.state_dict())
     for name, texts in _stand_ins(rows).items():
         # Token ids stand for the text only in their number: one a word, so that per-token rewards can be
         # told apart.
         scored = rewards.score(rows, texts, [list(range(len(text.split()))) for text in texts])
-        values = [" ".join(f"{reward} {value:g}" for reward, value in zip(scored.rewards, row, strict=True))
-                  for row in zip(*(v.tolist() for v in scored.rewards.values()), strict=True)]  # fmt: skip
-        lines.append(f"reward tried on {name}: {'; '.join(values)}")
+        for reward, values in scored.rewards.items():
+            tried.setdefault(reward, {})[name] = values.tolist()
     rewards.load_state_dict(untouched)
-    return lines
+    return [_tried(reward, scores) for reward, scores in tried.items()]
 
 
 def _stand_ins(rows: Prompts) -> dict[str, list[str]]:
+    """Completions by what they are called: the empty one, and the answer behind the mark that GSM8K uses."""
     found = {"an empty completion": [""] * len(rows)}
-    answers = rows.columns.get("answer")
-    if answers is not None and all(isinstance(answer, str) for answer in answers):
-        found["the text of the column answer"] = list(answers)
+    answers = rows.columns.get("answer", [])
+    if answers and all(isinstance(answer, str | int | float) for answer in answers):
+        texts = [f"#### {str(answer).rpartition('####')[2].strip()}" for answer in answers]
+        found[f"the right answer ({', '.join(safe_text(text, 24) for text in texts)})"] = texts
     return found
+
+
+def _tried(reward: str, scores: Mapping[str, list[float]]) -> str:
+    shown = "; ".join(
+        f"{name}: {', '.join('does not apply' if value != value else f'{value:g}' for value in values)}"
+        for name, values in scores.items()
+    )
+    line = f"reward {reward} tried on {len(next(iter(scores.values())))} rows: {shown}"
+    if len(scores) > 1 and len({value for values in scores.values() for value in values}) == 1:
+        line += f"; all the same, so see what it rewards: rlx reward try {safe_text(reward, 80)} --help"
+    return line
 
 
 def weights(
@@ -98,7 +118,7 @@ def weights(
     dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
     where = f"{accelerator.device.type}, {accelerator.num_processes} process(es)"
     return [
-        f"{everything:,} parameters in {dtype} on {where}; {trained:,} trained, the value function's included",
+        f"{everything:,} parameters in {dtype} on {where}; {trained:,} trained, value function included",
         f"reference: {'none' if reference is None else reference.kind}",
         *estimate(
             policy.model,

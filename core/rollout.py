@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from rlx.core.batch import Rollouts, Scores, Sequences
+from rlx.core.batch import Batch, Rollouts, Scores, Sequences
 from rlx.core.errors import DivergedError
 from rlx.core.logprobs import full_kl, score
 from rlx.core.meter import total
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from rlx.core.scoring import RewardRunner
     from rlx.core.settings import Settings
     from rlx.plugins.contract import Generator
+
+
+B = TypeVar("B", bound=Batch)
 
 
 class Clock:
@@ -158,6 +161,15 @@ class Studio:
         for name, values in found.items():
             _check_finite(name, values, batch)
         return replace(batch, **found)
+
+    def compare(self, batch: B, needs: frozenset[str]) -> B:
+        """A batch that was not sampled, on the device, with reference log-probs if they are needed."""
+        batch = batch.to(self.accelerator.device)
+        if "reference" not in needs:
+            return batch
+        with self.clock.measure("score"):
+            reference = self.score(batch.sequences, "reference").logps
+        return replace(batch, reference=reference)
 
     def exact_kl(self, sequences: Sequences) -> Tensor:
         """(S,) KL(policy‖reference) over the whole vocabulary at each scored token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -126,19 +127,32 @@ class Updater:
         value = torch.zeros((), device=self.accelerator.device)
         with rng_scope(self.settings.seed, "dropout", self.done, self.accelerator.process_index):
             try:
-                for rows in cut(batch.sequences.lengths, self.budget, per_row=batch.per_row):
-                    micro = batch.take(rows).to(self.accelerator.device)
-                    loss = self.algorithm.loss(micro, self.score(micro.sequences))
-                    part = torch.stack([terms.sum() / sizes[by] for by, terms in loss.terms.items()]).sum()
+                for part in self.losses(batch, sizes, meter):
                     part.backward()
                     value += part.detach()
-                    for name, values in loss.metrics.items():
-                        meter.add(name, values)
             except torch.OutOfMemoryError:
                 exhausted = 1.0
         # Every process hears of it, so that all go through the mini-batch again with the same smaller budget.
         flag = torch.tensor(exhausted, device=self.accelerator.device)
         return meter, value, not bool(total(self.accelerator, flag))
+
+    def losses(self, batch: Batch, sizes: dict[str, float], meter: Meter) -> Iterator[torch.Tensor]:
+        """This process's loss, a () part a micro-batch; the metrics go into the meter."""
+        for rows in cut(batch.sequences.lengths, self.budget, per_row=batch.per_row):
+            micro = batch.take(rows).to(self.accelerator.device)
+            loss = self.algorithm.loss(micro, self.score(micro.sequences))
+            yield torch.stack([terms.sum() / sizes[by] for by, terms in loss.terms.items()]).sum()
+            for name, values in loss.metrics.items():
+                meter.add(name, values)
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> tuple[torch.Tensor, Meter]:
+        """This process's loss on a batch, (), and its metrics; nothing is trained."""
+        sizes = {by: self.count(batch, by) for by in self.algorithm.loss_per}
+        meter, value = Meter(), torch.zeros((), device=self.accelerator.device)
+        for part in self.losses(batch, sizes, meter):
+            value += part
+        return value, meter
 
     def halve(self, batch: Batch) -> None:
         """Halve the token budget after memory ran out; the mini-batch is gone through again."""
