@@ -53,7 +53,7 @@ def geometry(algorithm: Algorithm, settings: Settings, order: Order) -> list[str
     completions = settings.batch_size * n
     length = (
         f"the run: {order.total_steps} batches, {order.total_steps * per_batch} optimizer steps, "
-        f"{order.total_rows / order.length:.2f} passes over {order.length} rows"
+        f"{order.total_rows / order.length:.2g} passes over {order.length} rows"
     )
     if algorithm.eats != "prompts":
         return [f"a batch: {settings.batch_size} rows ({algorithm.eats})", length]

@@ -84,7 +84,12 @@ def run(config: RunConfig | None = None, *, dry_run: bool = False, **options: An
 
 
 def resume(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Result:
-    """Go on with a run from its newest checkpoint that verifies.
+    """Go on with a run from its newest checkpoint that verifies, to its end; see ``reopen``."""
+    return train(reopen(folder, overrides))
+
+
+def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
+    """A run as its newest checkpoint that verifies left it, ready to go on.
 
     Args:
         folder: the run folder.
@@ -108,7 +113,7 @@ def resume(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Re
         run.folder.close()
         raise
     run.say(f"resuming from {newest.name} of {run.total_steps} steps")
-    return train(run)
+    return run
 
 
 def stored_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
@@ -216,7 +221,7 @@ def _keep(run: Run) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def _tell(run: Run, error: BaseException, event: str, **given: Any) -> None:
+def _tell(run: Run, error: BaseException, event: str, /, **given: Any) -> None:
     """Tell the callbacks of a failure; one that fails in turn must not hide what stopped the run."""
     try:
         run.events.emit(event, run=run, **given)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rlx.core.commands.failure import crash_report
-from rlx.core.commands.train import finished
+from rlx.core.commands.train import drive
 from rlx.core.errors import ConfigError
 from rlx.core.plain import Plain
 from rlx.core.text import safe_text
@@ -30,9 +30,9 @@ def resume(
     """Go on with a run from its newest checkpoint that verifies."""
     overrides = read_overrides(override or [])
     with crash_report(folder):
-        from rlx.core.run import resume as go_on
+        from rlx.core.run import reopen
 
-        finished(go_on(folder, overrides))
+        drive(reopen(folder, overrides))
 
 
 def read_overrides(words: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from rlx.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlx.core.config import RunConfig
-    from rlx.core.run import Result
+    from rlx.core.loop import Run
 
 SWITCHES = ("--dry-run", "--print-config", "--help", "-h")
 
@@ -77,17 +78,30 @@ def start(config: RunConfig, *, dry_run: bool) -> None:
         dry_run: print the plan, train nothing.
     """
     with crash_report(Path(config.settings.output_dir)):
-        from rlx.core.run import run as train
+        from rlx.core import plan
+        from rlx.core.run import prepare
+        from rlx.core.run import run as whole
 
-        result = train(config, dry_run=dry_run)
-    if dry_run:
-        print("\n".join(result.plan))
-        print("everything that can be checked without weights is in order; nothing was trained")
-        return
-    finished(result)
+        if dry_run:
+            print(plan.show(whole(config, dry_run=True).plan))
+            print("everything that can be checked without weights is in order; nothing was trained")
+            return
+        drive(prepare(config))
 
 
-def finished(result: Result) -> None:
-    """The last lines of a run."""
-    if result.folder is not None:
-        print(f"done: {result.folder}\nlook at it:  rlx show {result.folder}")
+def drive(run: Run) -> None:
+    """Print the plan, train, and say what came of it and what to type next."""
+    from rlx.core import plan
+    from rlx.core.run import train
+
+    run.say(plan.show(run.plan))
+    result = train(run)
+    folder = shlex.quote(str(run.path))
+    again = f"rlx run {folder}/config.yaml --seed 1 --output-dir {shlex.quote(f'{run.path}-seed-1')}"
+    for line in (
+        plan.summary(result.metrics) or f"done: {run.path}",
+        f"look at it:       rlx show {folder}",
+        f"load the policy:  see {run.path / 'README.md'}",
+        f"another seed:     {again}",
+    ):
+        run.say(line)

@@ -151,37 +151,43 @@ def stack(monkeypatch):
     """Stands in for rlx.core.run, which imports torch: records what it was given."""
     calls = []
 
-    def run(config, *, dry_run=False):
-        calls.append(("run", config, dry_run))
-        return types.SimpleNamespace(plan=["a plan"], folder=Path(config.settings.output_dir))
+    def started(name, folder, given):
+        calls.append((name, folder, given))
+        return types.SimpleNamespace(plan=["a plan"], path=Path(folder), say=print)
 
-    def resume(folder, overrides):
-        calls.append(("resume", folder, overrides))
-        return types.SimpleNamespace(plan=[], folder=folder)
+    def train(run):
+        calls.append(("train",))
+        return types.SimpleNamespace(metrics=[{"eval/reward": 0.25}, {"eval/reward": 0.75}])
 
     module = types.ModuleType("rlx.core.run")
-    module.run, module.resume = run, resume
+    module.run = lambda config, *, dry_run: started("check", config.settings.output_dir, dry_run)
+    module.prepare = lambda config: started("run", config.settings.output_dir, config)
+    module.reopen = lambda folder, overrides: started("resume", folder, overrides)
+    module.train = train
     monkeypatch.setitem(sys.modules, "rlx.core.run", module)
     return calls
 
 
-def test_run_hands_over_the_checked_config(stack, capsys):
-    assert main(["run", *JOB, "--output-dir", "runs/x"]) == 0
-    [(_, config, dry_run)] = stack
-    assert config.settings.output_dir == "runs/x" and dry_run is False
-    assert "rlx show runs/x" in capsys.readouterr().out
+def test_run_says_its_plan_first_and_what_to_type_next_last(stack, capsys):
+    assert main(["run", *JOB, "--output-dir", "runs/x y"]) == 0
+    assert [name for name, *_ in stack] == ["run", "train"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["plan", "  a plan", "held-out reward 0.250 → 0.750"]
+    assert lines[3].endswith("rlx show 'runs/x y'")
+    assert lines[-1].endswith("rlx run 'runs/x y'/config.yaml --seed 1 --output-dir 'runs/x y-seed-1'")
 
 
 @pytest.mark.parametrize("words", [["check", *JOB], ["run", "--dry-run", *JOB]])
 def test_a_dry_run_prints_the_plan(words, stack, capsys):
     assert main(words) == 0
-    assert stack[0][2] is True
+    [(verb, _, dry_run)] = stack
+    assert verb == "check" and dry_run is True
     assert "a plan" in capsys.readouterr().out
 
 
 def test_resume_hands_over_folder_and_overrides(stack):
     assert main(["resume", "runs/x", "--override", "learning-rate=1e-5", "--override", "data"]) == 0
-    assert stack == [("resume", Path("runs/x"), {"learning_rate": "1e-5", "data": ""})]
+    assert stack == [("resume", Path("runs/x"), {"learning_rate": "1e-5", "data": ""}), ("train",)]
 
 
 def test_an_override_needs_a_value():
