@@ -127,7 +127,12 @@ def _family(ax: Axes, name: str, history: History) -> None:
 def _single_rewards(history: History) -> list[str]:
     """``reward/<name>`` of each reward, where there is more than one."""
     other = {"reward/std", "reward/unscorable"}
-    names = {name for line in history for name in line if name.startswith("reward/")} - other
+    names = {
+        name
+        for line in history
+        for name in line
+        if name.startswith("reward/") and not name.endswith(("/seconds", "/errors"))
+    } - other
     return sorted(names) if len(names) > 1 else []
 
 
