@@ -169,12 +169,12 @@ def stack(monkeypatch):
 
 
 def test_run_says_its_plan_first_and_what_to_type_next_last(stack, capsys):
-    assert main(["run", *JOB, "--output-dir", "runs/x y"]) == 0
+    assert main(["run", *JOB, "--output-dir", "my runs/x"]) == 0
     assert [name for name, *_ in stack] == ["run", "train"]
     lines = capsys.readouterr().out.splitlines()
     assert lines[:3] == ["plan", "  a plan", "held-out reward 0.250 → 0.750"]
-    assert lines[3].endswith("rlx show 'runs/x y'")
-    assert lines[-1].endswith("rlx run 'runs/x y'/config.yaml --seed 1 --output-dir 'runs/x y-seed-1'")
+    assert lines[3].endswith("rlx show 'my runs/x'")
+    assert lines[-1].endswith("rlx run 'my runs/x'/config.yaml --seed 1 --output-dir 'my runs/x-seed-1'")
 
 
 @pytest.mark.parametrize("words", [["check", *JOB], ["run", "--dry-run", *JOB]])
