@@ -1,4 +1,4 @@
-"""Lays out `.typetree/rlx/` as links, so that tools which follow folders see the packages under their import names."""
+"""Lays out `.typetree/rlx/` as links: tools that follow folders see the packages under their import names."""
 
 import shutil
 from pathlib import Path

@@ -1,1 +1,1 @@
-"""The core: config, run, loop, primitives (generation, log-probs, batching), models, checkpoints, command line."""
+"""The core: config, run, loop, primitives (generation, log-probs), models, checkpoints, command line."""

@@ -295,8 +295,8 @@ class Labeled(Batch):
 
     Attributes:
         desirable: (N,) bool.
-        mismatched: N sequences for the KL estimate: each prompt with the completion of the next row of the batch,
-            over all processes. Whole batches only; mini-batches do without.
+        mismatched: N sequences for the KL estimate: each prompt with the completion of the next row of the
+            batch, over all processes. Whole batches only; mini-batches do without.
         reference: (S,) float32, log-prob under the reference.
         kl: (N,) float32, KL(policy‖reference) estimate that ``prepare`` took over the whole batch.
     """
@@ -341,8 +341,8 @@ class Loss:
 
     Attributes:
         terms: name of a count (``tokens``, ``sequences``, ``rows`` or one that ``Algorithm.size`` knows) →
-            tensor of terms. The loss is the sum over names of sum(terms) / that count, the count being that of
-            the whole mini-batch over all processes.
+            tensor of terms. The loss is the sum over names of sum(terms) / that count, the count being that
+            of the whole mini-batch over all processes.
         metrics: name → detached values, averaged over the mini-batch into the log.
     """
 

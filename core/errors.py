@@ -1,7 +1,7 @@
 """Errors that users see: what failed, where, got versus expected, what to do next.
 
-Each error class owns one exit code of the command line; each raise site names a stable code such as ``E-DATA-COLUMN``.
-Imports nothing but the standard library, so that a config error never waits for torch.
+Each error class owns one exit code of the command line; each raise site names a stable code such as
+``E-DATA-COLUMN``. Imports nothing but the standard library, so that a config error never waits for torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Tensor maths on flat batches, shared by algorithms. Pure functions, torch only.
 
-Legend: N sequences, S scored tokens one after another, G groups, V vocabulary. ``counts`` (N,) int64 says how many of
-the S tokens belong to each sequence; a count of 0 is legal everywhere. Log-probs are natural, KL is in nats.
+Legend: N sequences, S scored tokens one after another, G groups, V vocabulary. ``counts`` (N,) int64 says how
+many of the S tokens belong to each sequence; a count of 0 is legal everywhere. Log-probs are natural, KL is
+in nats.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def gae(
     """
     rewards_NC, values_NC = to_padded(rewards, counts), to_padded(values, counts)
     advantages_NC = torch.zeros_like(values_NC)
-    # Pads are zeros in both, so a sequence that ended contributes δ = 0 and A = 0 to the steps before its end.
+    # Pads are zeros in both: a sequence that ended contributes δ = 0 and A = 0 to the steps before its end.
     after, value_after = values_NC.new_zeros(len(counts)), values_NC.new_zeros(len(counts))
     for t in reversed(range(values_NC.shape[1])):
         delta = rewards_NC[:, t] + gamma * value_after - values_NC[:, t]

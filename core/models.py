@@ -248,7 +248,7 @@ def resolve_dtype(settings: Settings, device: torch.device) -> torch.dtype:
                 hint=f"--{half[0].replace('_', '-')} bfloat16",
             )
     if settings.dtype == "auto":
-        # Weights that are trained stay in float32: in bfloat16 the updates of usual learning rates round away.
+        # Weights that are trained stay in float32: in bfloat16 updates of usual learning rates round away.
         frozen = settings.lora_r > 0 or settings.adapter is not None
         return torch.bfloat16 if device.type == "cuda" and frozen else torch.float32
     return DTYPES[settings.dtype]

@@ -14,8 +14,8 @@ from rlx.core.streams import generator
 class Order:
     """Batches of row numbers.
 
-    Epochs follow one another without a gap: a batch may hold the end of one and the start of the next, no row is
-    dropped, and the last batch is as short as it comes.
+    Epochs follow one another without a gap: a batch may hold the end of one and the start of the next, no row
+    is dropped, and the last batch is as short as it comes.
 
     Attributes:
         length: rows of the data set.
@@ -59,5 +59,5 @@ class Order:
 
 
 def share(count: int, rank: int, world: int) -> range:
-    """The contiguous part of ``count`` rows of process ``rank`` among ``world``; sizes differ by at most 1."""
+    """The contiguous part of ``count`` rows of process ``rank`` among ``world``; sizes differ by ≤ 1."""
     return range(count * rank // world, count * (rank + 1) // world)

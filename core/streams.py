@@ -1,8 +1,8 @@
 """Named random streams: every consumer of random numbers has its own, seeded from what it is for.
 
-A stream's seed depends on the run's seed, the stream's name and counters (step, mini-batch, process), never on what
-was drawn before. So a resumed run needs no saved generator state to be exact, and a plugin that draws numbers changes
-nothing.
+A stream's seed depends on the run's seed, the stream's name and counters (step, mini-batch, process), never
+on what was drawn before. So a resumed run needs no saved generator state to be exact, and a plugin that draws
+numbers changes nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def generator(seed: int, stream: str, *keys: int) -> torch.Generator:
 
 @contextmanager
 def rng_scope(seed: int, stream: str, *keys: int) -> Iterator[None]:
-    """Run code that draws from the global generators (python, numpy, torch) on a stream; restore them after."""
+    """Run code that draws from the global generators (python, numpy, torch) on a stream; restore them."""
     start = stream_seed(seed, stream, *keys)
     python, arrays = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -53,8 +53,8 @@ class Algorithm:
         defaults: core options for which this algorithm has another default.
         needs: what the loop must provide, any of ``reference`` (log-probs under the reference, in the batch
             before ``prepare``), ``values`` (a value function, before the update and in it), ``kl`` (the exact
-            KL(policy‖reference) at each sampled token), and in ``Scores``: ``entropy``, ``correct`` (was the token
-            the most likely one), ``square`` (log Σ p²), ``reward`` (the policy is a sequence classifier).
+            KL(policy‖reference) at each sampled token), and in ``Scores``: ``entropy``, ``correct`` (was the
+            token the most likely one), ``square`` (log Σ p²), ``reward`` (the policy is a classifier).
         completions_per_prompt: how many completions of each prompt are sampled.
         epochs: how often one batch is gone through.
         mini_batches: into how many optimizer steps one pass over a batch is cut.
@@ -88,7 +88,7 @@ class Algorithm:
         return batch.size(by)
 
     def verdict(self, means: Mapping[str, float]) -> str:
-        """What becomes of a mini-batch once its metrics are known: ``step``, ``skip`` it, or ``stop`` the update.
+        """What becomes of a mini-batch, its metrics known: ``step``, ``skip`` it, or ``stop`` the update.
 
         Args:
             means: the metrics of its Loss, averaged over the mini-batch and all processes.
@@ -181,7 +181,7 @@ class Sampling:
         temperature: logits are divided by it.
         top_k: 0 for all tokens.
         top_p, min_p, repetition_penalty: 1, 0 and 1 switch them off.
-        stop_token_ids: tokens that end a completion, the end-of-sequence tokens included; they are kept in it.
+        stop_token_ids: tokens that end a completion, end-of-sequence tokens included; they are kept in it.
         stop_strings: texts that end a completion; they are kept in it.
         greedy: take the most likely token.
         batch_size: completions sampled at a time; None leaves it to the generator.
@@ -205,8 +205,8 @@ class Completions:
 
     Attributes:
         ids: one list of token ids a completion, stop token included, nothing after it.
-        logprobs: one list a completion, the log-prob of each token under softmax(logits / temperature), before
-            truncation by top-k and the like; None if the generator cannot tell.
+        logprobs: one list a completion, the log-prob of each token under softmax(logits / temperature),
+            before truncation by top-k and the like; None if the generator cannot tell.
         finished: True where a stop token or stop string ended it, False where it was cut.
     """
 
@@ -222,14 +222,14 @@ class Generator(Protocol):
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> Completions:
-        """n completions of each prompt.
+        """Sample n completions of each prompt.
 
         Args:
             prompts: token ids, none empty.
             n: completions a prompt.
             sampling: how to draw.
-            seeds: one a prompt: the same seed, prompt and weights give the same completions whatever else is in
-                the batch.
+            seeds: one a prompt: the same seed, prompt and weights give the same completions whatever else is
+                in the batch.
         """
         ...
 

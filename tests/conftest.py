@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch and the hub client are imported: sums differ between one thread and two, and nothing may be fetched.
+# Before torch and the hub client are imported: nothing may be fetched.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,4 +1,4 @@
-"""The folders at the top level are the packages under `rlx`: list, tree and wheel agree, and nothing leaks."""
+"""The folders at the top level are the packages under `rlx`: list, tree and wheel agree, nothing leaks."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def test_the_wheel_holds_every_module_and_the_tiny_model(tmp_path):
 
 def test_no_folder_is_importable_under_its_own_name():
     code = (
-        "import sys, rlx, rlx.core.config, rlx.plugins.registry, rlx.algorithms.ppo, rlx.rewards, rlx.callbacks\n"
+        "import sys, rlx, rlx.core.config, rlx.plugins.registry, rlx.algorithms.ppo, rlx.rewards\n"
+        "import rlx.callbacks\n"
         f"print(sorted(set(sys.modules) & {set(ROOMS)!r}))"
     )
     done = subprocess.run(

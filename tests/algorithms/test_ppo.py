@@ -50,7 +50,7 @@ def prepared(batch, **options_):
 
 
 def test_the_score_lies_on_the_last_completion_token():
-    # gamma 1, lam 1, values 0: every token's return is the sum of the rewards from it on, here the score alone.
+    # gamma 1, lam 1, values 0: a token's return is the sum of the rewards from it on, here the score alone.
     # With lam 0 the advantage is the token's own reward: only the last token of each sequence has one.
     batch = rollouts([3, 1], [5.0, 7.0])
     assert prepared(batch).returns.tolist() == [5, 5, 5, 7]
@@ -148,7 +148,7 @@ def test_unscorable_rollouts_are_left_out():
 
 
 def test_adaptive_kl_by_hand():
-    # mean KL 12 against a target of 6: error clipped to 0.2; 2 rollouts of a horizon of 10: 1 + 0.2·2/10 = 1.04
+    # mean KL 12, target 6: error clipped to 0.2; 2 rollouts of a horizon of 10: 1 + 0.2·2/10 = 1.04
     algorithm = ppo(kl_coef=0.5, kl_controller="adaptive", kl_target=6.0, kl_horizon=10.0)
     batch = rollouts([1, 1], [0.0, 0.0], old=[12.0, 12.0], reference=[0.0, 0.0])
     assert algorithm.prepare(batch, Alone()).metrics["kl/coef"].tolist() == [0.5]
@@ -246,9 +246,10 @@ def test_conflicting_options_are_refused_by_name(wrong, named):
 def test_every_option_is_explained_and_has_the_default_of_the_field():
     defaults = {name: option.default for name, option in options(PPOConfig).items()}
     assert defaults | {
-        "num_ppo_epochs": 4, "num_mini_batches": 1, "kl_coef": 0.05, "kl_estimator": "k1", "kl_controller": "fixed",
-        "kl_target": 6.0, "kl_horizon": 10000, "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1,
-        "entropy_coef": 0.0, "gamma": 1.0, "lam": 0.95, "whiten_rewards": False, "whiten_advantages": True,
+        "num_ppo_epochs": 4, "num_mini_batches": 1, "kl_coef": 0.05, "kl_estimator": "k1",
+        "kl_controller": "fixed", "kl_target": 6.0, "kl_horizon": 10000, "cliprange": 0.2,
+        "cliprange_value": 0.2, "vf_coef": 0.1, "entropy_coef": 0.0, "gamma": 1.0, "lam": 0.95,
+        "whiten_rewards": False, "whiten_advantages": True,
         "score_scaling": "none", "score_clip": None, "missing_eos_penalty": None, "stop_token": "none",
         "stop_token_id": None, "target_kl": None, "ratio_threshold": 10.0,
     } == defaults  # fmt: skip

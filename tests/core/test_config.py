@@ -1,4 +1,4 @@
-"""From flags, files and keywords to one checked config: precedence, sources, every problem at once, round trips."""
+"""From flags, files and keywords to one checked config: precedence, sources, all problems, round trips."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -392,7 +392,8 @@ def test_the_same_reward_twice_gets_two_names(registered):
 def test_dotted_options_of_something_that_was_not_chosen(registered):
     [problem] = problems({**BASE, "reward": "target", "taget.target": 1}, {"taget.target": "--taget.target"})
     assert problem.lines() == [
-        "[E-CONFIG-UNKNOWN] option 'taget.target': no component called 'taget' is chosen; did you mean 'target'?",
+        "[E-CONFIG-UNKNOWN] option 'taget.target': no component called 'taget' is chosen; "
+        "did you mean 'target'?",
         "  where:    --taget.target",
         "  expected: one of target, native",
         "  do this:  choose it too, for example --reward taget",
@@ -463,8 +464,8 @@ def test_batch_size_and_parts_that_disagree():
 
 
 def test_flags_in_all_their_forms():
-    words = "--learning-rate=1e-5 --no-shuffle --plots false --trust-remote-code c.yaml --columns prompt=q --columns answer=a=b"
-    values, where, positional = parse_arguments(words.split())
+    words = "--learning-rate=1e-5 --no-shuffle --plots false --trust-remote-code c.yaml --columns prompt=q"
+    values, where, positional = parse_arguments([*words.split(), "--columns", "answer=a=b"])
     assert values == {
         "learning_rate": "1e-5", "shuffle": "false", "plots": "false", "trust_remote_code": "true",
         "columns": {"prompt": "q", "answer": "a=b"},
@@ -545,9 +546,9 @@ def test_any_config_loads_back(
     learning_rate, beta, texts_, model_revision, system_prompt, columns, shuffle, max_steps
 ):
     config = from_mapping({
-        "algo": Sum, "reward": Target, "learning_rate": learning_rate, "beta": beta, "stop_strings": texts_, "names": texts_,
-        "model_revision": model_revision, "system_prompt": system_prompt, "columns": columns, "shuffle": shuffle,
-        "max_steps": max_steps, "output_dir": "runs/x",
+        "algo": Sum, "reward": Target, "learning_rate": learning_rate, "beta": beta, "stop_strings": texts_,
+        "names": texts_, "model_revision": model_revision, "system_prompt": system_prompt,
+        "columns": columns, "shuffle": shuffle, "max_steps": max_steps, "output_dir": "runs/x",
     })  # fmt: skip
     values, where = parse_config(config.to_yaml(), "config.yaml")
     again = from_mapping({**values, "algo": Sum, "reward": Target}, where)

@@ -20,14 +20,17 @@ def option(kind: Any, default: Any = None, **more: Any) -> Option:
 
 PARSED = [
     (float, "1e-5", 1e-5), (float, 3, 3.0), (float, "1_000.5", 1000.5), (float, "-2", -2.0),
-    (int, "7", 7), (int, "1e3", 1000), (int, 5.0, 5), (int, "1_000", 1000), (int, "12345678901234567891", 12345678901234567891),
+    (int, "7", 7), (int, "1e3", 1000), (int, 5.0, 5), (int, "1_000", 1000),
+    (int, "12345678901234567891", 12345678901234567891),
     (bool, "yes", True), (bool, "off", False), (bool, True, True), (bool, "0", False),
     (str, "1e-5", "1e-5"), (str, 5, "5"),
     (int | None, "none", None), (int | None, None, None), (int | None, "4", 4), (int | None, "null", None),
-    (int | str, Plain("4"), 4), (int | str, "4", "4"), (int | str, "a", "a"), (float | str, Plain("0.5"), 0.5), (str | int, 3, 3),
+    (int | str, Plain("4"), 4), (int | str, "4", "4"), (int | str, "a", "a"),
+    (float | str, Plain("0.5"), 0.5), (str | int, 3, 3),
     (list[int], "1,2,3", [1, 2, 3]), (list[int], ["1", "2,3"], [1, 2, 3]), (list[float], 2, [2.0]),
     (list[str], "a,b", ["a,b"]), (list[str], ["a", "b"], ["a", "b"]), (tuple[int, ...], [1], (1,)),
-    (dict[str, str], {"a": "b"}, {"a": "b"}), (dict[str, int], {"a": "3"}, {"a": 3}), (dict, {"a": Plain("3")}, {"a": 3}),
+    (dict[str, str], {"a": "b"}, {"a": "b"}), (dict[str, int], {"a": "3"}, {"a": 3}),
+    (dict, {"a": Plain("3")}, {"a": 3}),
     (Literal["a", "b"], "b", "b"), (Literal[1, 2], "2", 2), (Any, Plain("1e-5"), 1e-5), (Any, "1e-5", "1e-5"),
     (list[str] | None, ["a"], ["a"]),
 ]  # fmt: skip
@@ -40,9 +43,10 @@ def test_values_become_what_the_annotation_says(kind, given_, expected):
 
 
 WRONG = [
-    (float, "ten", "number"), (float, True, "number"), (int, "1.5", "whole number"), (int, None, "whole number"),
-    (bool, "maybe", "true or false"), (bool, 1, "true or false"), (str, None, "text"), (str, True, "text"),
-    (str, ["a"], "text"), (int | None, "x", "whole number or none"), (list[int], "1,x", "whole number"),
+    (float, "ten", "number"), (float, True, "number"), (int, "1.5", "whole number"),
+    (int, None, "whole number"), (bool, "maybe", "true or false"), (bool, 1, "true or false"),
+    (str, None, "text"), (str, True, "text"), (str, ["a"], "text"),
+    (int | None, "x", "whole number or none"), (list[int], "1,x", "whole number"),
     (dict[str, str], "a=b", "mapping"), (Literal["a", "b"], "c", "a | b"), (float, [1.0, 2.0], "number"),
 ]  # fmt: skip
 
@@ -198,9 +202,8 @@ def test_types_are_named_for_people():
 
 
 def test_which_options_may_be_repeated():
-    assert [is_list(option(kind)) for kind in (list[str], list[int] | None, dict[str, str], str, int | None)] == [
-        True, True, True, False, False,
-    ]  # fmt: skip
+    kinds = (list[str], list[int] | None, dict[str, str], str, int | None)
+    assert [is_list(option(kind)) for kind in kinds] == [True, True, True, False, False]
 
 
 def test_suggestions():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rlx.core.text import REDACTED, is_secret, redact, safe_text
 
-# What a completion, prompt, file name or server answer may hold; each must be inert on a terminal and in a log line.
+# What a completion, prompt, file name or server answer may hold; inert on a terminal and in a log line.
 HOSTILE = {
     "colour": "\x1b[31mred",
     "clear screen": "\x1b[2J\x1b[H",

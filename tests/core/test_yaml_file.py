@@ -1,4 +1,4 @@
-"""Configs are read strictly: every fault is one line with its place, nothing is constructed, nothing takes long."""
+"""Configs are read strictly: a fault is one line with its place, nothing is constructed or takes long."""
 
 import os
 import time
