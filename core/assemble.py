@@ -145,6 +145,7 @@ def _with_weights(
 ) -> Run:
     from rlx.core.loop import Run
     from rlx.core.models import load_policy
+    from rlx.core.precompute import precompute_all
     from rlx.core.reference import build_reference
     from rlx.core.rollout import Studio
     from rlx.core.update import Updater
@@ -164,13 +165,16 @@ def _with_weights(
     reference = None
     if algorithm.needs & {"reference", "kl"}:
         reference = build_reference(settings, policy, accelerator, objects.get("reference_model"))
-    updates = checked.order.total_steps * algorithm.epochs * algorithm.mini_batches
     stops = tuple(sorted({*policy.stop_token_ids, *algorithm.stop_token_ids}))
     studio = Studio(policy, reference, config.generator.make(), checked.rewards, settings, accelerator, stops)
+    updates = checked.order.total_steps * algorithm.epochs * algorithm.mini_batches
     updater = Updater(policy, algorithm, settings, accelerator, updates)
     lines = checked.plan + policy.report + plan.weights(policy, reference, algorithm, settings, accelerator)
+    data, eval_data = checked.data, checked.eval_data
+    if settings.precompute_ref_log_probs:
+        data, eval_data = precompute_all(data, eval_data, studio, algorithm, lines.append)
     run = Run(
-        config, accelerator, policy, algorithm, studio, updater, checked.data, checked.eval_data,
+        config, accelerator, policy, algorithm, studio, updater, data, eval_data,
         checked.order, Events(), folder, lines,
     )  # fmt: skip
     for name in DEFAULT_CALLBACKS:

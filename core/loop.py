@@ -161,8 +161,7 @@ class Run:
 
     def collate(self) -> Batch:
         """The batch of the next step of an algorithm that does not sample, reference log-probs measured."""
-        batch: Batch = self.data.batch(*self.next_rows())
-        return self.studio.compare(batch, self.algorithm.needs)
+        return self.studio.compare(self.data.batch(*self.next_rows()), self.algorithm.needs)
 
     def next_rows(self) -> tuple[list[int], list[int]]:
         """Row numbers of the next batch over all processes, and the places in it that are this process's."""

@@ -165,7 +165,7 @@ class Studio:
     def compare(self, batch: B, needs: frozenset[str]) -> B:
         """A batch that was not sampled, on the device, with reference log-probs if they are needed."""
         batch = batch.to(self.accelerator.device)
-        if "reference" not in needs:
+        if "reference" not in needs or batch.reference is not None:
             return batch
         with self.clock.measure("score"):
             reference = self.score(batch.sequences, "reference").logps

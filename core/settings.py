@@ -120,6 +120,9 @@ class Settings:
     chat_template: str | None = opt(
         None, "a Jinja template, a file with one, or 'none' for plain text", panel="Data"
     )
+    precompute_ref_log_probs: bool = opt(
+        False, "take the reference's log-probs of preference pairs once, before training", panel="Data"
+    )
     max_prompt_length: int = opt(512, "longest prompt", gt=0, unit="tokens", panel="Data")
     prompt_overflow: str = opt(
         "error", "a prompt that is longer", choices=("error", "drop", "truncate_left"), panel="Data"
