@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlx.core.manifest import command_line, versions
+from rlx.core.settings import EMBEDDED
 from rlx.core.text import redact, safe_text
 
 SHOWN = ("reward", "loss", "rewards/accuracies", "rewards/margins", "completion/length")
@@ -79,10 +80,14 @@ def usage(name: str, base: str, *, adapter: bool) -> str:
     folder = json.dumps(safe_text(name, 100))
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if adapter:
+        embedded = base == EMBEDDED  # no name that transformers knows
+        if embedded:
+            lines.append("from rlx.plugins.datasets import tiny_path")
+        where = "tiny_path()" if embedded else json.dumps(safe_text(base))
         lines += [
             "from peft import PeftModel",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(safe_text(base))})",
+            f"base = AutoModelForCausalLM.from_pretrained({where})",
             f"model = PeftModel.from_pretrained(base, {folder})",
         ]
     else:

@@ -30,6 +30,7 @@ def test_the_card_of_an_adapter_loads_it_on_its_base(make_run):
     run = make_run()
     run.policy = SimpleNamespace(model=SimpleNamespace(peft_config={}))
     text = card(run)
+    assert "AutoModelForCausalLM.from_pretrained(tiny_path())" in text  # the embedded model is on no hub
     assert 'PeftModel.from_pretrained(base, "run")' in text and "library_name: peft" in text
 
 
