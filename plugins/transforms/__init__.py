@@ -10,6 +10,7 @@ from __future__ import annotations
 from rlx.core.errors import DataError
 
 ROW = "_row"
+PLAIN = "_plain"  # true in rows of text that has its own marks for turns: no chat template for it
 
 
 class BadRow(DataError):

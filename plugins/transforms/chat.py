@@ -52,17 +52,43 @@ class ConversationPrompt(Transform):
         return [{**row, "prompt": self._prompt(row.get("messages"))} for row in rows]
 
     def _prompt(self, turns: Any) -> Any:
-        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-            raise BadRow(f"messages is {type(turns).__name__}, not a list of messages")
-        messages = [self._standard(turn) for turn in turns]
+        messages = standard_messages(turns, "messages")
         while messages and messages[-1].get("role") == "assistant":
             messages.pop()
         return messages
 
-    def _standard(self, turn: Mapping[str, Any]) -> dict[str, Any]:
-        if "role" in turn or "from" not in turn:
-            return dict(turn)
-        return {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+
+class ShareGPTMessages(Transform):
+    """ShareGPT's ``conversations`` of ``from`` and ``value`` as ``messages`` of ``role`` and ``content``."""
+
+    takes = frozenset({"conversations"})
+    gives = frozenset({"messages"})
+
+    def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
+        """Rows with ``messages``."""
+        return [
+            {**row, "messages": standard_messages(row.get("conversations"), "conversations")} for row in rows
+        ]
+
+
+def standard_messages(turns: Any, column: str) -> Messages:
+    """A dialogue as messages of ``role`` and ``content``, ShareGPT's ``from`` and ``value`` changed into them.
+
+    Args:
+        turns: the value of a column.
+        column: its name.
+
+    Raises:
+        BadRow: for what is no list of mappings.
+    """
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise BadRow(f"{column} is {type(turns).__name__}, not a list of messages")
+    return [
+        dict(turn)
+        if "role" in turn or "from" not in turn
+        else {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        for turn in turns
+    ]
 
 
 def check_messages(messages: Any) -> None:
@@ -78,7 +104,7 @@ def check_messages(messages: Any) -> None:
         role = turn.get("role") if isinstance(turn, Mapping) else None
         if role not in ROLES:
             raise BadRow(f"turn {number}: role is {safe_text(role, 40)}; known are {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str):
+        if not isinstance(turn.get("content"), str) and not _calls_tools(turn):
             raise BadRow(f"turn {number}: content is {type(turn.get('content')).__name__}, not text")
         if role in ("system", "developer") and number > 0:
             raise BadRow(f"turn {number}: a {role} message is not the first")
@@ -89,6 +115,10 @@ def check_messages(messages: Any) -> None:
         previous = role
     if not any(turn["role"] == "user" and turn["content"].strip() for turn in messages):
         raise BadRow("prompt has no user turn with text")
+
+
+def _calls_tools(turn: Mapping[str, Any]) -> bool:
+    return turn.get("content") is None and bool(turn.get("tool_calls"))
 
 
 class ChatTemplate(Transform):
@@ -127,6 +157,15 @@ class ChatTemplate(Transform):
             ConfigError: a system prompt without a template.
             DataError: messages without a template.
         """
+        self.check_system_prompt(tokenizer)
+        return [{**row, **self._rendered(row, tokenizer)} for row in rows]
+
+    def check_system_prompt(self, tokenizer: Any) -> None:
+        """Refuse a system prompt that nothing would render.
+
+        Raises:
+            ConfigError: a system prompt without a template.
+        """
         if self.config.system_prompt and not self.templated(tokenizer):
             raise ConfigError(
                 "system_prompt needs a chat template",
@@ -136,9 +175,35 @@ class ChatTemplate(Transform):
                 else f"{_model(tokenizer)} has none",
                 hint="--chat-template chatml, or a file with a Jinja template, or leave system_prompt out",
             )
-        return [{**row, **self._rendered(row.get("prompt"), tokenizer)} for row in rows]
 
-    def _rendered(self, prompt: Any, tokenizer: Any) -> Row:
+    def _rendered(self, row: Row, tokenizer: Any) -> Row:
+        prompt = row.get("prompt")
+        messages = self.messages(prompt, tokenizer)
+        if messages is None:
+            text = str(prompt)
+        else:
+            continued = messages[-1]["role"] == "assistant"
+            text = self.render(
+                messages, tokenizer, opens=not continued, continues=continued, tools=row.get("tools")
+            )
+        if len(text) > MAX_CHARACTERS:
+            raise BadRow(f"prompt is longer than {MAX_CHARACTERS:,} characters")
+        return {"_text": text, "_messages": messages if isinstance(prompt, list) else None}
+
+    def messages(self, prompt: Any, tokenizer: Any) -> Messages | None:
+        """A prompt as the messages that go through the template, the system prompt put before them.
+
+        Args:
+            prompt: text or messages.
+            tokenizer: of the model.
+
+        Returns:
+            Messages, or None for text that stays as it is.
+
+        Raises:
+            BadRow: a prompt that is neither text nor messages, empty, or not encodable.
+            DataError: messages without a template.
+        """
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise BadRow("prompt is empty")
@@ -148,35 +213,51 @@ class ChatTemplate(Transform):
             messages = prompt
         else:
             raise BadRow(f"prompt is {type(prompt).__name__}, not text or a list of messages")
-        if any(UNUSABLE.search(turn["content"]) for turn in messages):
-            raise BadRow("prompt has a NUL or half a surrogate pair in it, which cannot be encoded")
+        check_encodable(messages, "prompt")
         if not self.templated(tokenizer):
-            if messages is prompt:
-                raise DataError(
-                    f"the prompts are messages, but {_model(tokenizer)} has no chat template",
-                    code="E-DATA-TEMPLATE",
-                    expected="a tokenizer with a chat template, or prompts that are plain text",
-                    hint="--chat-template chatml, or a file with a Jinja template",
-                )
-            text = prompt
-        else:
-            if self.config.system_prompt and messages[0]["role"] not in ("system", "developer"):
-                messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
-            text = self._through_template(messages, tokenizer)
-        if len(text) > MAX_CHARACTERS:
-            raise BadRow(f"prompt is longer than {MAX_CHARACTERS:,} characters")
-        return {"_text": text, "_messages": messages if isinstance(prompt, list) else None}
+            if messages is not prompt:
+                return None
+            raise DataError(
+                f"the prompts are messages, but {_model(tokenizer)} has no chat template",
+                code="E-DATA-TEMPLATE",
+                expected="a tokenizer with a chat template, or prompts that are plain text",
+                hint="--chat-template chatml, or a file with a Jinja template",
+            )
+        if self.config.system_prompt and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": self.config.system_prompt}, *messages]
+        return messages
 
-    def _through_template(self, messages: Messages, tokenizer: Any) -> str:
+    def render(
+        self,
+        messages: Messages,
+        tokenizer: Any,
+        *,
+        opens: bool = False,
+        continues: bool = False,
+        tools: Any = None,
+    ) -> str:
+        """Messages as text.
+
+        Args:
+            messages: checked ones.
+            tokenizer: of the model.
+            opens: end with what opens an assistant's turn.
+            continues: leave the last turn open, for the model to continue.
+            tools: JSON schemas of the functions that the model may call.
+
+        Raises:
+            BadRow: refused by the template.
+            DataError: a template that asks for more memory than there is.
+        """
         from jinja2 import TemplateError
 
-        continued = messages[-1]["role"] == "assistant"
         try:
             text = tokenizer.apply_chat_template(
                 messages,
+                tools=tools or None,
                 chat_template=self.override,
-                add_generation_prompt=not continued,
-                continue_final_message=continued,
+                add_generation_prompt=opens,
+                continue_final_message=continues,
                 tokenize=False,
             )
         except MemoryError as error:
@@ -186,6 +267,16 @@ class ChatTemplate(Transform):
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise BadRow(f"the chat template refuses it: {safe_text(error, 120)}") from error
         return str(text)
+
+
+def check_encodable(messages: Messages, column: str) -> None:
+    """Refuse text that no tokenizer can encode.
+
+    Raises:
+        BadRow: naming the column.
+    """
+    if any(UNUSABLE.search(turn.get("content") or "") for turn in messages):
+        raise BadRow(f"{column} has a NUL or half a surrogate pair in it, which cannot be encoded")
 
 
 def _template(option: str | None) -> str | None:
