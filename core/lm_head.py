@@ -1,7 +1,8 @@
 """The output head and the log-softmax after it, at scored positions only, in chunks of rows.
 
 A log-prob takes one row of logits. Rows are computed a chunk at a time, reduced in float32 to one log-prob
-(and one entropy), and then dropped, or kept for the backward pass where they are known to fit.
+(and one entropy, and what else is asked for), and then dropped, or kept for the backward pass where they are
+known to fit.
 Leaves out: finding the head of a model (``rlx.core.probe``) and the rows (``rlx.core.logprobs``).
 
 Legend: K rows (scored positions), V vocabulary, D hidden size. Log-probs and entropies are natural, float32.
@@ -9,10 +10,11 @@ Legend: K rows (scored positions), V vocabulary, D hidden size. Log-probs and en
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]  # comes with accelerate, without stubs
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -25,6 +27,10 @@ which the weight's gradient is summed, and a resumed run must sum in the same or
 KEEP_SHARE = 0.25
 """Share of the free memory that logits kept for the backward pass may take. Whether they are kept changes
 time and memory, not numbers."""
+
+EXTRAS = ("correct", "square")
+"""What else can be read off a row of logits, without gradient: whether the target is the most likely token
+(bool), and log Σ_v p(v)²."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,10 @@ def head_logps(
     softcap: float | None = None,
     scale: float = 1.0,
     entropy: bool = False,
+    extras: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
     keep: bool | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Any, ...]:
     """Log-prob of each target, and the entropy of its distribution, from a linear head.
 
     First-order gradients of both outputs are exact in hidden, weight and bias; there are no second-order
@@ -97,12 +104,13 @@ def head_logps(
         softcap: c in c·tanh(logits / c), None for none.
         scale: logits are multiplied by it before the soft cap.
         entropy: also give the entropy.
+        extras: also give these of ``EXTRAS``.
         chunk_bytes: bytes of float32 logits computed at a time; at least one row is.
         keep: keep the logits for the backward pass (True), compute them again there (False: less memory, one
             more matrix product), or keep them when they take at most ``KEEP_SHARE`` of free memory (None).
 
     Returns:
-        logps (K,) float32 and entropy (K,) float32 in nats, or None.
+        logps (K,) float32; entropy (K,) float32 in nats, or None; then the extras (K,) in their order.
     """
     transform = Transform(temperature, scale, softcap)
     kind = hidden.device.type
@@ -115,10 +123,10 @@ def head_logps(
     keep = _fits(len(hidden), len(weight), hidden.device) if keep is None else keep
     rows = min(chunk_rows(len(weight), chunk_bytes), max(1, len(hidden)))
     with torch.autocast(kind, enabled=False):
-        logps, entropies = _HeadLogps.apply(
-            hidden, weight, bias, targets, transform, entropy, rows, keep and learns
+        logps, entropies, *found = _HeadLogps.apply(
+            hidden, weight, bias, targets, transform, entropy, tuple(extras), rows, keep and learns
         )
-    return logps, entropies
+    return logps, entropies, *found
 
 
 def module_logps(
@@ -131,9 +139,10 @@ def module_logps(
     softcap: float | None = None,
     scale: float = 1.0,
     entropy: bool = False,
+    extras: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
     keep: bool | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Any, ...]:
     """``head_logps`` for a head that is not a plain linear layer: adapters on the head, a quantised head.
 
     The head is called on chunks of rows, and a chunk that is not kept is called again in the backward pass,
@@ -148,16 +157,17 @@ def module_logps(
         softcap: likewise.
         scale: likewise.
         entropy: likewise.
+        extras: likewise.
         chunk_bytes: likewise.
         keep: likewise.
 
     Returns:
-        logps (K,) float32 and entropy (K,) float32 in nats, or None.
+        As ``head_logps``.
     """
     transform = Transform(temperature, scale, softcap)
 
-    def chunk(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return logits_logps(transform(head(x)), y, entropy=entropy)
+    def chunk(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return logits_logps(transform(head(x)), y, entropy=entropy, extras=extras)
 
     keep = _fits(len(hidden), 3 * vocabulary, hidden.device) if keep is None else keep  # autograd keeps more
     again = not keep and torch.is_grad_enabled()
@@ -166,8 +176,8 @@ def module_logps(
         checkpoint(chunk, x, y, use_reentrant=False) if again else chunk(x, y)
         for x, y in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
-    logps, entropies = (torch.cat(values) for values in zip(*results, strict=True))
-    return logps, entropies if entropy else None
+    logps, entropies, *found = (torch.cat(values) for values in zip(*results, strict=True))
+    return logps, entropies if entropy else None, *found
 
 
 def chunk_rows(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
@@ -175,11 +185,18 @@ def chunk_rows(vocabulary: int, chunk_bytes: int = CHUNK_BYTES) -> int:
     return max(1, chunk_bytes // (4 * vocabulary))
 
 
-def logits_logps(logits: Tensor, targets: Tensor, *, entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-prob of targets (K,) and entropy (zeros unless asked for) from logits (K, V), with autograd."""
+def logits_logps(
+    logits: Tensor, targets: Tensor, *, entropy: bool, extras: Sequence[str] = ()
+) -> tuple[Tensor, ...]:
+    """Log-prob of targets (K,), entropy (zeros unless asked for) and extras, from logits (K, V)."""
     logps = logits.float().log_softmax(-1)
     picked = logps.gather(-1, targets[:, None]).squeeze(-1)
-    return picked, -(logps.exp() * logps).sum(-1) if entropy else torch.zeros_like(picked)
+    entropies = -(logps.exp() * logps).sum(-1) if entropy else torch.zeros_like(picked)
+    with torch.no_grad():
+        found = [
+            logps.argmax(-1) == targets if name == "correct" else (2 * logps).logsumexp(-1) for name in extras
+        ]
+    return picked, entropies, *found
 
 
 def free_bytes(device: torch.device) -> int:
@@ -207,25 +224,38 @@ class _HeadLogps(torch.autograd.Function):
         targets: Tensor,
         transform: Transform,
         entropy: bool,
+        extras: tuple[str, ...],
         rows: int,
         keep: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Reduce each chunk of logits to log-normalisers, log-probs and entropies."""
+    ) -> tuple[Tensor | None, ...]:
+        """Reduce each chunk of logits to log-normalisers, log-probs, entropies and extras."""
         count, vocabulary = len(hidden), len(weight)
         like = {"dtype": torch.float32, "device": hidden.device}
         kept = torch.empty(count if keep else rows, vocabulary, **like)
         work = torch.empty(rows, vocabulary, **like) if keep or entropy else kept
         largest, log_sum, logps = (torch.empty(count, **like) for _ in range(3))
         entropies = torch.empty(count, **like) if entropy else None
+        found = {
+            name: torch.empty(count, **like | {"dtype": torch.bool if name == "correct" else torch.float32})
+            for name in extras
+        }
         for at in _chunks(count, rows):
             size = at.stop - at.start
             z = _logits(hidden[at], weight, bias, transform, kept[at] if keep else kept[:size])
-            largest[at] = z.amax(-1)
+            if "correct" in found:
+                largest[at], likeliest = z.max(-1)
+                found["correct"][at] = likeliest == targets[at]
+            else:
+                largest[at] = z.amax(-1)
             z.sub_(largest[at, None])
             logps[at] = z.gather(1, targets[at, None]).squeeze(1)
             p = torch.exp(z, out=work[:size])
             total = p.sum(-1)
             log_sum[at] = total.log()
+            if (
+                "square" in found
+            ):  # p is at most 1 here, and 1 somewhere: its squares neither overflow nor vanish
+                found["square"][at] = 2 * (p.norm(dim=-1).log() - log_sum[at])
             if (
                 entropies is not None
             ):  # log Σ + Σ p·(largest − z) / Σ: no term is negative, so nothing cancels
@@ -235,13 +265,21 @@ class _HeadLogps(torch.autograd.Function):
             hidden, weight, bias, targets, largest, log_sum, entropies, kept if keep else None
         )
         ctx.transform, ctx.rows = transform, rows
-        return logps, entropies
+        ctx.mark_non_differentiable(*found.values())
+        ctx.set_materialize_grads(
+            False
+        )  # an entropy that only metrics want costs nothing in the backward pass
+        return logps, entropies, *found.values()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
         """Chunk by chunk: ∂logp/∂z = onehot − p and ∂H/∂z = −p (log p + H), then on to the inputs."""
         hidden, weight, bias, targets, largest, log_sum, entropies, kept = ctx.saved_tensors
+        if grad_logps is None:
+            grad_logps = torch.zeros_like(log_sum)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
@@ -278,7 +316,7 @@ class _HeadLogps(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *[None] * 6
 
 
 def _chunks(count: int, rows: int) -> list[slice]:

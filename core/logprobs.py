@@ -9,8 +9,9 @@ Legend: N sequences, T tokens, S scored tokens, L tokens of the longest sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from rlx.core.batch import Scores, Sequences, flat_index
-from rlx.core.lm_head import Transform, chunk_rows, head_logps, logits_logps, module_logps
+from rlx.core.lm_head import EXTRAS, Transform, chunk_rows, head_logps, logits_logps, module_logps
 from rlx.core.microbatch import cut
 from rlx.core.probe import CausalLM, plan_for, trunk_of
 
@@ -33,6 +34,8 @@ def score(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    extras: Collection[str] = (),
+    logps: bool = True,
     value_head: nn.Module | None = None,
     token_budget: int = 4096,
     accelerator: Accelerator | None = None,
@@ -50,6 +53,8 @@ def score(
         sequences: on any device; N = 0 and sequences without scored tokens are legal.
         temperature: logits are divided by it, > 0.
         entropy: also give the entropy of the distribution that each token is drawn from.
+        extras: also give ``correct`` or ``square`` (see ``Scores``), which have no gradient.
+        logps: False for the values alone, without a pass through the output head; ``Scores.logps`` is empty.
         value_head: hidden states (S, D) → values (S,), applied where each scored token is predicted.
         token_budget: padded tokens of a forward pass, when no gradient is wanted.
         accelerator: its autocast is entered; None for none.
@@ -62,15 +67,15 @@ def score(
     """
     bare: CausalLM = extract_model_from_parallel(model)
     sequences = sequences.to(bare.get_input_embeddings().weight.device)
+    wanted = _Wanted(temperature, logps, entropy, tuple(x for x in EXTRAS if x in extras), value_head)
     with accelerator.autocast() if accelerator is not None else nullcontext():
         if torch.is_grad_enabled() and len(sequences):
-            return _score(bare, sequences, temperature, entropy, value_head)
+            return Scores(**wanted.of(bare, sequences))
         parts = _parts(sequences, token_budget)
-        found = [_score(bare, sequences.take(part), temperature, entropy, value_head) for part in parts]
+        found = [wanted.of(bare, sequences.take(part)) for part in parts]
     return Scores(
-        _in_order([one.logps for one in found], parts, sequences),
-        _in_order([one.entropy for one in found], parts, sequences) if entropy else None,
-        _in_order([one.values for one in found], parts, sequences) if value_head is not None else None,
+        **{name: _in_order([one[name] for one in found], parts, sequences) for name in wanted.names},
+        **{} if logps else {"logps": torch.empty(0, device=sequences.ids.device)},
     )
 
 
@@ -126,20 +131,44 @@ def _parts(sequences: Sequences, token_budget: int) -> list[Tensor]:
 def _in_order(values: list[Any], parts: list[Tensor], sequences: Sequences) -> Tensor:
     """Values of the scored tokens of all parts, part after part → (S,) in the order of the sequences."""
     counts = sequences.counts
-    out = torch.zeros(int(counts.sum()), device=counts.device)
-    if parts:
-        out[flat_index(counts, torch.cat(parts))] = torch.cat(values)
+    if not parts:
+        return torch.zeros(int(counts.sum()), device=counts.device)
+    joined = torch.cat(values)
+    out = torch.empty_like(joined)
+    out[flat_index(counts, torch.cat(parts))] = joined
     return out
 
 
-def _score(
-    model: CausalLM, sequences: Sequences, temperature: float, entropy: bool, value_head: nn.Module | None
-) -> Scores:
-    """Scores of sequences, at least one, in one pass."""
-    readout = _Readout(model, sequences, want_hidden=value_head is not None)
-    logps, entropies = readout.logps(temperature, entropy)
-    values = value_head(readout.hidden).float() if value_head is not None else None
-    return Scores(logps, entropies, values)
+@dataclass(frozen=True)
+class _Wanted:
+    """What ``score`` was asked for."""
+
+    temperature: float
+    logps: bool
+    entropy: bool
+    extras: tuple[str, ...]
+    value_head: nn.Module | None
+
+    @property
+    def names(self) -> list[str]:
+        """The fields of ``Scores`` that are filled."""
+        asked = {"logps": self.logps, "entropy": self.entropy, "values": self.value_head is not None}
+        return [name for name, wanted in asked.items() if wanted] + list(self.extras)
+
+    def of(self, model: CausalLM, sequences: Sequences) -> dict[str, Tensor]:
+        """Each of ``names`` for sequences, at least one, in one pass."""
+        readout = _Readout(model, sequences, want_hidden=self.value_head is not None)
+        found: dict[str, Tensor] = {}
+        if self.logps:
+            logps, entropy, *more = readout.logps(self.temperature, self.entropy, self.extras)
+            found = {"logps": logps, **dict(zip(self.extras, more, strict=True))}
+            if self.entropy:
+                found["entropy"] = entropy
+        else:
+            found["logps"] = torch.empty(0, device=sequences.ids.device)
+        if self.value_head is not None:
+            found["values"] = self.value_head(readout.hidden).float()
+        return found
 
 
 class _Readout:
@@ -171,18 +200,18 @@ class _Readout:
             if want_hidden:
                 self.hidden = out.hidden_states[-1][:, -width:][predicts]
 
-    def logps(self, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (S,) and entropies (S,) of the scored tokens."""
+    def logps(self, temperature: float, entropy: bool, extras: tuple[str, ...]) -> tuple[Any, ...]:
+        """Log-probs (S,) of the scored tokens, entropies (S,) or None, and extras (S,)."""
         plan, targets = self.plan, self.targets
+        options: dict[str, Any] = {"entropy": entropy, "extras": extras}
         if not plan.direct:
-            logps, entropies = logits_logps(Transform(temperature)(self.logits), targets, entropy=entropy)
-            return logps, entropies if entropy else None
+            return logits_logps(Transform(temperature)(self.logits), targets, **options)
         head = self.model.get_output_embeddings()
         if _is_plain(head):
             run = partial(head_logps, self.hidden, head.weight, head.bias, targets)
         else:
             run = partial(module_logps, head, self.hidden, targets, self.vocabulary)
-        return run(temperature=temperature, softcap=plan.softcap, scale=plan.scale, entropy=entropy)
+        return run(temperature=temperature, softcap=plan.softcap, scale=plan.scale, **options)
 
     @property
     def vocabulary(self) -> int:

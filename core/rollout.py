@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -144,12 +145,21 @@ class Studio:
             metrics={name: torch.tensor([value]) for name, value in scored.metrics.items()},
         ).to(device)
 
+    def reward_state(self) -> dict[str, Any]:
+        """A copy of what the rewards remember."""
+        return {} if self.rewards is None else copy.deepcopy(self.rewards.state_dict())
+
+    def load_reward_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``reward_state`` gave."""
+        if self.rewards is not None:
+            self.rewards.load_state_dict(state)
+
     def measure(self, batch: Rollouts, completions: Completions, needs: frozenset[str]) -> Rollouts:
         """Old log-probs, reference log-probs, values and exact KL, as far as they are needed."""
         sequences, found = batch.sequences, {}
         captured = None if self.settings.recompute_logps else completions.logprobs
         if captured is None or "values" in needs:
-            now = self.score(sequences, "policy", values="values" in needs)
+            now = self.score(sequences, "policy", needs & {"values"}, logps=captured is None)
             found |= {"old": now.logps, "values": now.values}
         if captured is not None:
             flat = [value for row in captured for value in row]
@@ -184,43 +194,58 @@ class Studio:
                 token_budget=token_budget(self.settings, self.accelerator.device),
             )
 
-    def score(self, sequences: Sequences, model: str = "policy", *, values: bool = False) -> Scores:
+    def score(
+        self, sequences: Sequences, model: str = "policy", needs: Collection[str] = (), *, logps: bool = True
+    ) -> Scores:
         """Log-probs without gradient, under ``policy`` or ``reference``.
 
+        Args:
+            sequences: any.
+            model: which model.
+            needs: more than log-probs: any of ``entropy``, ``values``, ``correct``, ``square``.
+            logps: False for the values alone: the output head stays unused.
+
         Raises:
-            ValueError: for any other name, or if there is no reference.
+            ValueError: for any other name, if there is no reference, or for values of the reference.
         """
         budget = token_budget(self.settings, self.accelerator.device)
         options: dict[str, Any] = {
             "temperature": self.settings.temperature,
             "token_budget": budget,
             "accelerator": self.accelerator,
+            "entropy": "entropy" in needs,
+            "extras": needs,
         }
         sequences = sequences.to(self.accelerator.device)
         with torch.no_grad():
-            if model == "reference" and self.reference is not None:
+            if model == "reference" and self.reference is not None and "values" not in needs:
                 with self.reference.active() as module:
                     return score(module, sequences, **options)
             if model != "policy":
                 raise ValueError(
-                    f"score(sequences, model): model is 'policy' or 'reference' (if any), not {model!r}"
+                    f"score(sequences, model): model is 'policy', which alone has values, or 'reference' "
+                    f"(if any), not {model!r}"
                 )
-            head = self.policy.value_head if values else None
-            now = score(self.policy.model, sequences, value_head=head, **options)
-            if values and self.policy.value_model is not None:
-                now = replace(now, values=self.policy.value_model.values(sequences, budget))
-            return now
+            apart = self.policy.value_model if "values" in needs else None
+            if apart is not None and not logps:
+                return Scores(torch.empty(0), values=apart.values(sequences, budget))
+            head = self.policy.value_head if "values" in needs else None
+            now = score(self.policy.model, sequences, value_head=head, logps=logps, **options)
+            return now if apart is None else replace(now, values=apart.values(sequences, budget))
 
 
 class RunScorer:
-    """What ``Algorithm.prepare`` sees of the run: log-probs of any sequences, and sums over processes."""
+    """What ``Algorithm.prepare`` sees of the run (``rlx.plugins.contract.Scorer``)."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
+        self.max_completion_length = studio.settings.max_completion_length
+        named = () if studio.rewards is None else studio.rewards.rewards
+        self.reward_weights = {reward.name: reward.weight for reward in named}
 
-    def __call__(self, sequences: Sequences, model: str = "policy") -> Scores:
-        """Log-probs without gradient under ``policy`` or ``reference``."""
-        return self.studio.score(sequences, model)
+    def __call__(self, sequences: Sequences, model: str = "policy", needs: Collection[str] = ()) -> Scores:
+        """Log-probs without gradient under ``policy`` or ``reference``, and what else is needed."""
+        return self.studio.score(sequences, model, needs)
 
     def total(self, values: Tensor) -> Tensor:
         """The element-wise sum of values over all processes."""

@@ -14,7 +14,13 @@ from rlx.core.errors import DivergedError, MemoryExhausted
 from rlx.core.logprobs import score
 from rlx.core.meter import Meter, total
 from rlx.core.microbatch import cut
-from rlx.core.optim import build_optimizer, build_scheduler, load_optimizer_state, optimizer_state
+from rlx.core.optim import (
+    build_optimizer,
+    build_scheduler,
+    load_optimizer_state,
+    optimizer_state,
+    place_scheduler,
+)
 from rlx.core.streams import rng_scope
 
 if TYPE_CHECKING:
@@ -83,6 +89,7 @@ class Updater:
             sequences,
             temperature=self.settings.temperature if self.algorithm.eats == "prompts" else 1.0,
             entropy="entropy" in needs,
+            extras=needs,
             value_head=self.policy.value_head if "values" in needs else None,
             accelerator=self.accelerator,
         )
@@ -199,24 +206,23 @@ class Updater:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer state by parameter name, the schedule, the position and the budget."""
+        """Optimizer state by parameter name, the position and the budget."""
         return {
             "optimizer": optimizer_state(self.optimizer),
-            "last_epoch": self.scheduler.last_epoch,
             "done": self.done,
             "skipped_in_a_row": self.skipped_in_a_row,
             "budget": self.budget,
+            "configured_budget": token_budget(self.settings, self.accelerator.device),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what ``state_dict`` gave; bit-exact."""
         load_optimizer_state(self.optimizer, state["optimizer"])
-        self.scheduler.last_epoch = state["last_epoch"]
-        self.done, self.skipped_in_a_row, self.budget = (
-            state["done"],
-            state["skipped_in_a_row"],
-            state["budget"],
-        )
+        self.done, self.skipped_in_a_row = state["done"], state["skipped_in_a_row"]
+        place_scheduler(self.scheduler, self.done)
+        # A budget that was halved stays so, unless a new one is asked for.
+        if state["configured_budget"] == token_budget(self.settings, self.accelerator.device):
+            self.budget = state["budget"]
 
 
 def token_budget(settings: Settings, device: torch.device) -> int:

@@ -24,7 +24,15 @@ class NoOptions:
 
 
 class Scorer(Protocol):
-    """What ``Algorithm.prepare`` gets to look at more than its batch."""
+    """What ``Algorithm.prepare`` gets to look at more than its batch.
+
+    Attributes:
+        max_completion_length: the longest completion that sampling allows, in tokens.
+        reward_weights: name of each reward → its factor in the weighted sum.
+    """
+
+    max_completion_length: int
+    reward_weights: Mapping[str, float]
 
     def __call__(self, sequences: Sequences, model: str = "policy", needs: Collection[str] = ()) -> Scores:
         """Log-probs without gradient of the scored tokens under ``policy`` or ``reference``.

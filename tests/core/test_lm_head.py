@@ -265,3 +265,54 @@ def test_recomputing_never_holds_all_logits_and_computes_each_row_twice() -> Non
         (logps.sum() + entropy.sum()).backward()
     assert watch.rows == 2 * rows
     assert watch.numbers == 16 * vocabulary  # a chunk; all logits would be 16 times that
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_extras_equal_full_logits_and_change_nothing_else(
+    entropy: bool, keep: bool, softcap: float | None
+) -> None:
+    args = inputs()
+    args[3][:5] = naive_logits(args, softcap).argmax(-1)[:5]  # some targets are the most likely token
+    options: dict[str, Any] = {"temperature": 0.7, "softcap": softcap, "keep": keep, "entropy": entropy}
+    options["chunk_bytes"] = 5 * V * 4
+    plain = head_logps(*args, **options)
+    *same, square, correct = head_logps(*args, **options, extras=("square", "correct"))
+    assert torch.equal(same[0], plain[0])
+    for x, y in zip(gradients(tuple(same), args), gradients(plain, args), strict=True):
+        assert torch.equal(x, y)
+    logits = naive_logits(args, softcap) / 0.7
+    assert correct.dtype == torch.bool and not square.requires_grad and correct[:5].all()
+    assert torch.equal(correct, logits.argmax(-1) == args[3])
+    torch.testing.assert_close(square, logits.softmax(-1).square().sum(-1).log(), rtol=1e-5, atol=1e-6)
+    module = nn.Linear(D, V)
+    module.weight, module.bias = nn.Parameter(args[1].detach()), nn.Parameter(args[2].detach())
+    found = module_logps(module, args[0], args[3], V, **options, extras=("square", "correct"))
+    torch.testing.assert_close(found[2], square, rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[3], correct)
+
+
+def naive_logits(args: list[Any], softcap: float | None) -> Tensor:
+    logits = nn.functional.linear(args[0], args[1], args[2]).detach()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def test_the_square_of_a_near_certain_distribution_stays_finite() -> None:
+    """Logits 0 and 200: p of one is e⁻²⁰⁰, whose square is no float32; log Σ p² is 0 all the same."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[200.0], [0.0]])
+    logps, _, square = head_logps(hidden, weight, None, torch.tensor([1]), extras=("square",))
+    assert float(logps) == -200
+    assert float(square) == 0
+
+
+def test_an_entropy_that_only_a_metric_reads_does_not_change_the_gradient() -> None:
+    args = inputs()
+    plain, _ = head_logps(*args)
+    logps, entropy = head_logps(*args, entropy=True)
+    assert entropy is not None
+    for x, y in zip(gradients((logps, None), args), gradients((plain, None), args), strict=True):
+        assert torch.equal(x, y)
+    (only,) = torch.autograd.grad(head_logps(*args, entropy=True)[1].sum(), args[0])
+    (want,) = torch.autograd.grad(naive(*args, 1.0, None, 1.0)[1].sum(), args[0])
+    torch.testing.assert_close(only, want, rtol=1e-5, atol=1e-5)

@@ -380,3 +380,26 @@ def test_full_kl(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
     assert float(want.max()) > 0.01
     assert not got.requires_grad
+
+
+def test_values_alone_leave_the_output_head_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sequences, head = build("llama"), batch(), nn.Linear(24, 1)
+    squeeze = nn.Sequential(head, nn.Flatten(0))
+    with torch.no_grad():
+        both = score(model, sequences, value_head=squeeze, token_budget=30)
+        monkeypatch.setattr("rlx.core.logprobs.head_logps", None)
+        alone = score(model, sequences, value_head=squeeze, token_budget=30, logps=False)
+    assert torch.equal(alone.values, both.values) and len(alone.logps) == 0
+
+
+def test_extras_come_in_the_order_of_the_tokens_whatever_the_budget() -> None:
+    model, sequences = build("llama"), batch()
+    once = score(model, sequences, extras=("correct", "square"))
+    with torch.no_grad():
+        parts = score(model, sequences, extras=("square", "correct"), token_budget=30)
+        nothing = score(model, sequences.take(torch.zeros(0, dtype=torch.long)), extras=("correct", "square"))
+    assert parts.correct.dtype == torch.bool and torch.equal(parts.correct, once.correct)
+    torch.testing.assert_close(parts.square, once.square, rtol=1e-5, atol=1e-5)
+    assert bool((once.square <= 0).all()) and not once.square.requires_grad
+    assert nothing.correct.shape == nothing.square.shape == (0,)
+    assert score(model, sequences).correct is None
