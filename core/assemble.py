@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import manifest, plan
 from rlx.core.data import PromptData, check_data
-from rlx.core.errors import ConfigError
+from rlx.core.errors import ConfigError, RlxError
+from rlx.core.fingerprints import fingerprints
 from rlx.core.folder import RunFolder
 from rlx.core.models import load_tokenizer, ready_tokenizer
 from rlx.core.order import Order
@@ -101,43 +102,70 @@ def dry_run(config: RunConfig, objects: Mapping[str, Any]) -> list[str]:
     return checked.plan + plan.memory_before_loading(checked, objects.get("model"))
 
 
-def assemble(config: RunConfig, objects: Mapping[str, Any], *, folder: RunFolder | None = None) -> Run:
+def assemble(
+    config: RunConfig,
+    objects: Mapping[str, Any],
+    *,
+    folder: RunFolder | None = None,
+    reopened: bool = False,
+) -> Run:
     """A run that is ready for its first step.
 
     Args:
         config: the resolved configuration.
         objects: a model or tokenizer given from Python in the place of a name.
-        folder: an existing run folder to go on in; None makes the one that the configuration names.
+        folder: the run folder to go on in, on the main process; used if reopened.
+        reopened: the run goes on in its folder; else the one that the configuration names is made.
 
     Raises:
         RlxError: whatever is wrong; a run folder made here is given back.
     """
     checked = check(config, objects)
     accelerator = build_accelerator(config)
-    made = None
-    if folder is None and accelerator.is_main_process:
-        settings = config.settings
-        folder = made = RunFolder.create(settings.output_dir, overwrite=settings.overwrite_output_dir)
+    if reopened:
+        return _with_weights(checked, objects, accelerator, folder)
+    made, checked = _make_folder(checked, accelerator)
     try:
-        run = _with_weights(checked, objects, accelerator, folder)
-        if folder is not None:
-            device = str(accelerator.device)
-            processes = accelerator.num_processes
-            manifest.begin(
-                folder,
-                seed=config.settings.seed,
-                data=checked.data.fingerprint,
-                device=device,
-                processes=processes,
-            )
-            folder.write_text("config.yaml", config.to_yaml())
+        run = _with_weights(checked, objects, accelerator, made)
+        begin(run)
     except BaseException:
         if made is not None:
             made.discard()
-        elif folder is not None:
-            folder.close()
         raise
     return run
+
+
+def begin(run: Run) -> None:
+    """Say in the run folder what runs there, once everything was found in order."""
+    if run.folder is None:
+        return
+    manifest.begin(
+        run.folder,
+        seed=run.settings.seed,
+        data=run.data.fingerprint,
+        device=str(run.accelerator.device),
+        processes=run.accelerator.num_processes,
+    )
+    run.folder.write_text("config.yaml", run.config.to_yaml())
+
+
+def _make_folder(checked: Checked, accelerator: Accelerator) -> tuple[RunFolder | None, Checked]:
+    """The main process makes the run folder; all processes hear where it is, or why there is none."""
+    settings, made = checked.config.settings, None
+    outcome: list[Any] = [settings.output_dir]
+    if accelerator.is_main_process:
+        try:
+            made = RunFolder.create(settings.output_dir, overwrite=settings.overwrite_output_dir)
+        except RlxError as error:
+            outcome = [error]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], RlxError):
+        raise outcome[0]
+    settings = replace(settings, output_dir=outcome[0])
+    return made, replace(checked, config=replace(checked.config, settings=settings))
 
 
 def _with_weights(
@@ -176,6 +204,7 @@ def _with_weights(
     run = Run(
         config, accelerator, policy, algorithm, studio, updater, data, eval_data,
         checked.order, Events(), folder, lines,
+        fingerprints=fingerprints(config, getattr(checked.model_config, "_commit_hash", None)),
     )  # fmt: skip
     for name in DEFAULT_CALLBACKS:
         run.events.add(make("callback", name), name)
@@ -188,10 +217,14 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate's view of devices and processes; ``mixed_precision: auto`` is bf16 on a GPU, else none."""
     import torch
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, is_initialized
 
     wanted = config.settings.mixed_precision
     if wanted == "auto":
         wanted = "bf16" if torch.cuda.is_available() else "no"
+    if is_initialized() and AcceleratorState().mixed_precision != wanted:
+        # Accelerate keeps one precision a process and refuses another; runs one after the other may differ.
+        AcceleratorState._reset_state()
     return Accelerator(mixed_precision=wanted)
 
 

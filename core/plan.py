@@ -117,7 +117,13 @@ def weights(
     everything = sum(parameter.numel() for parameter in policy.model.parameters())
     dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
     where = f"{accelerator.device.type}, {accelerator.num_processes} process(es)"
+    halves = sum(p.numel() for p in policy.trainable().values() if p.element_size() < 4)
+    lossy = (
+        f"{halves:,} of the trained parameters are in half precision, where small updates round to nothing; "
+        "float32 weights with mixed_precision: bf16 learn at any learning rate"
+    )
     return [
+        *([lossy] if halves else []),
         f"{everything:,} parameters in {dtype} on {where}; {trained:,} trained, value function included",
         f"reference: {'none' if reference is None else reference.kind}",
         *estimate(
