@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -80,7 +80,7 @@ class PPO(Algorithm):
 
     Config = PPOConfig
     eats = "prompts"
-    defaults: Mapping[str, Any] = {"learning_rate": 3e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 3e-6}
 
     def __init__(self, config: PPOConfig) -> None:
         super().__init__(config)

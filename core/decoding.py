@@ -36,15 +36,15 @@ class Door:
 
     def __init__(self, model: nn.Module, decoder: PreTrainedModel) -> None:
         # DistributedDataParallel broadcasts buffers at each forward; processes take unequal numbers of steps.
-        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.model: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         self.decoder = decoder
         self.vocabulary: int = decoder.get_input_embeddings().weight.shape[0]
         names = inspect.signature(decoder.forward).parameters
-        self.cache_name = next((name for name in ("past_key_values", "cache_params") if name in names), None)
+        self.cache_name = next((name for name in ("past_key_values", "cache_params") if name in names), "")
         self.takes_positions = "position_ids" in names
         self.takes_mask = "attention_mask" in names
         self.prefill_options = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
-        cacheable = self.cache_name is not None and decoder._supports_default_dynamic_cache()
+        cacheable = self.cache_name and decoder._supports_default_dynamic_cache()
         if cacheable and not decoder.config.is_encoder_decoder:
             self.kind = kv_cache.kind_of(kv_cache.new_cache(decoder.config))
         else:
@@ -60,7 +60,8 @@ class Door:
         if mask is not None:
             options["attention_mask"] = mask
         options[self.cache_name] = cache
-        return self.model(input_ids=ids, use_cache=True, **options).logits[:, -1]
+        logits: Tensor = self.model(input_ids=ids, use_cache=True, **options).logits
+        return logits[:, -1]
 
 
 @dataclass
@@ -87,12 +88,9 @@ class Rows:
 
     def keep(self, index: Tensor) -> Rows:
         """Only these rows, in this order."""
-        pick = {
-            name: value.index_select(0, index)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **pick)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        picked: dict[str, Any] = {name: value.index_select(0, index) for name, value in tensors.items()}
+        return replace(self, **picked)
 
 
 class Run:

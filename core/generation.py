@@ -75,7 +75,7 @@ def generate(
         return Completions([], [], [])
     door = Door(model, decoder)
     if door.kind == "unknown" and not plain:
-        say_fallback(type(decoder))
+        say_fallback(type(decoder).__name__)
     decode = decode_by_generate if plain or door.kind == "unknown" else decode_shared
     run = Run(door, prompts, n, sampling, seeds, tokenizer, on_progress)
     with (
@@ -102,7 +102,7 @@ def sampling_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def decoder_of(model: nn.Module) -> PreTrainedModel:
+def decoder_of(model: Any) -> PreTrainedModel:
     """The transformers model inside PEFT's and the data-parallel wrappers."""
     while not isinstance(model, PreTrainedModel):
         # PeftModel has get_base_model, DistributedDataParallel has module; importing peft to ask is slow.
@@ -150,9 +150,9 @@ def check_prompts(
 
 
 @functools.cache
-def say_fallback(architecture: type) -> None:
+def say_fallback(architecture: str) -> None:
     """Warn, once an architecture, that its cache is unknown."""
     log.warning(
         "%s has a cache that rlx does not know: completions come from model.generate, slower but the same",
-        architecture.__name__,
+        architecture,
     )

@@ -42,6 +42,12 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
     ``DynamicLayer`` would concatenate, that is, copy everything.
     """
 
+    keys: Tensor
+    values: Tensor
+    key_buffer: Tensor
+    value_buffer: Tensor
+    filled: int
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -131,4 +137,4 @@ def rows_that_fit(decoder: PreTrainedModel, tokens: int, device: torch.device) -
         free -= torch.cuda.memory_allocated(device)
     else:
         free = psutil.virtual_memory().available
-    return max(1, free // 2 // row)
+    return int(max(1, free // 2 // row))

@@ -125,7 +125,7 @@ class Sampler:
         chain = processors(sampling)
         self.needs_history = sampling.repetition_penalty != 1
         # A chain of the temperature alone is what the log-prob needs anyway.
-        self.chain = [] if all(isinstance(p, TemperatureLogitsWarper) for p in chain) else chain
+        self.chain = None if all(isinstance(p, TemperatureLogitsWarper) for p in chain) else chain
 
     def __call__(
         self, logits: Tensor, history: Tensor | None, uniform: Tensor | None
@@ -148,11 +148,11 @@ class Sampler:
         weights = (scaled - top).exp_()
         if self.greedy or uniform is None:
             total = weights.sum(-1, keepdim=True)
-            tokens = (self.chain(history, raw) if self.chain else raw).argmax(-1)
+            tokens = (raw if self.chain is None else self.chain(history, raw)).argmax(-1)
         else:
             cdf = weights.cumsum(-1)
             total = cdf[:, -1:]
-            if self.chain:
+            if self.chain is not None:
                 cdf = self.chain(history, raw).softmax(-1).cumsum(-1)
             tokens = inverse_cdf(cdf, uniform)
         logps = (scaled.gather(1, tokens[:, None]) - top - total.log()).squeeze(1)
