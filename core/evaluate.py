@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def evaluate(run: Run) -> dict[str, float]:
     """Evaluate the policy as it is.
 
-    Online algorithms sample one completion of each held-out prompt and reward it. The seed of a sample depends
-    on its row alone, so two evaluations differ by the policy and not by luck. Other algorithms take their loss
-    and its metrics over the held-out rows, without gradient and without dropout.
+    Online algorithms sample one completion of each held-out prompt and reward it. The seed of a sample
+    depends on its row alone, so two evaluations differ by the policy and not by luck. Other algorithms take
+    their loss and its metrics over the held-out rows, without gradient and without dropout.
 
     Returns:
         Metrics under ``eval/``, those of callbacks (``on_evaluate``) included.
@@ -26,11 +26,20 @@ def evaluate(run: Run) -> dict[str, float]:
     Raises:
         ValueError: if two callbacks report the same metric.
     """
+    # The clock and what the rewards remember belong to training: evaluating more often changes nothing in it.
+    seconds, rewards = dict(run.studio.clock.seconds), run.studio.reward_state()
+    try:
+        return _evaluated(run)
+    finally:
+        run.studio.clock.seconds = seconds
+        run.studio.load_reward_state(rewards)
+
+
+def _evaluated(run: Run) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if run.eval_data is not None:
         online = run.algorithm.eats == "prompts"
         metrics = _sampled(run, run.eval_data) if online else _measured(run, run.eval_data)
-        run.studio.clock.seconds.clear()  # the clock belongs to training
     for result in run.events.emit("on_evaluate", run=run):
         for name, value in (result or {}).items():
             if name in metrics:

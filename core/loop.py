@@ -60,6 +60,11 @@ class Run:
         evaluated: the samples of the last evaluation.
         printers: where ``say`` writes; the last one wins.
         boundary: True while the state equals that between two steps.
+        stopping: True once the run is to end after its current step.
+        meter: metrics since the last log line.
+        tokens: of all batches so far.
+        reported: the last step whose evaluation and log line, if due, are done.
+        fingerprints: option → fingerprint of the files that it names.
     """
 
     config: RunConfig
@@ -83,6 +88,8 @@ class Run:
     stopping: bool = False
     meter: Meter = field(default_factory=Meter)
     tokens: int = 0
+    reported: int = 0
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.settings, self.tokenizer = self.config.settings, self.policy.tokenizer
@@ -98,7 +105,7 @@ class Run:
     @property
     def is_main(self) -> bool:
         """True on the process that writes and prints."""
-        return self.accelerator.is_main_process
+        return bool(self.accelerator.is_main_process)
 
     @property
     def path(self) -> Path:
@@ -148,15 +155,20 @@ class Run:
     def roll_out(self) -> Rollouts:
         """The rollouts of the next step: sampled, rewarded, measured."""
         rows, mine = self.next_rows()
-        rollouts = self.studio.roll_out(
-            self.data.batch(rows, mine),
-            self.algorithm.completions_per_prompt,
-            self.algorithm.needs,
-            self.global_step,
-            mine,
-        )
-        self.rollouts = rollouts
-        self.events.emit("on_rollouts", run=self, rollouts=rollouts)
+        before = self.studio.reward_state()
+        try:
+            rollouts = self.studio.roll_out(
+                self.data.batch(rows, mine),
+                self.algorithm.completions_per_prompt,
+                self.algorithm.needs,
+                self.global_step,
+                mine,
+            )
+            self.rollouts = rollouts
+            self.events.emit("on_rollouts", run=self, rollouts=rollouts)
+        except BaseException:
+            self.studio.load_reward_state(before)  # a checkpoint can still be taken, as before this step
+            raise
         return rollouts
 
     def collate(self) -> Batch:
@@ -171,7 +183,8 @@ class Run:
     def prepare(self, batch: Batch) -> Batch:
         """What the algorithm makes of a batch, once, before the mini-batches: advantages and the like."""
         self.boundary = False
-        return self.algorithm.prepare(batch, self.score)
+        prepared: Batch = self.algorithm.prepare(batch, self.score)
+        return prepared
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Epochs × mini-batches of a prepared batch, shuffled anew each epoch.
@@ -181,9 +194,9 @@ class Run:
         up in the schedule.
         """
         algorithm, before = self.algorithm, self.updater.done
-        sizes = torch.zeros(self.accelerator.num_processes, dtype=torch.long, device=self.accelerator.device)
-        sizes[self.accelerator.process_index] = len(batch)
-        sizes = total(self.accelerator, sizes).tolist()
+        held = torch.zeros(self.accelerator.num_processes, dtype=torch.long, device=self.accelerator.device)
+        held[self.accelerator.process_index] = len(batch)
+        sizes: list[int] = total(self.accelerator, held).tolist()
         first, rows = sum(sizes[: self.accelerator.process_index]), sum(sizes)
         try:
             for epoch in range(algorithm.epochs):
@@ -222,13 +235,25 @@ class Run:
             self.meter.add(name, values)
         self.global_step += 1
         self.boundary = True
+        return self.report()
+
+    def report(self) -> dict[str, float]:
+        """Evaluate and write a log line if this step is due one, and tell the callbacks that it ended.
+
+        The meter is read last, so that nothing is lost if the evaluation fails: a resume does it again.
+
+        Returns:
+            The log line, or an empty dict.
+        """
         last = self.global_step >= self.total_steps or self.stopping
         every = self.settings.eval_steps
         evaluating = last or (every is not None and self.global_step % every == 0)
         logged: dict[str, float] = {}
         if evaluating or self.global_step % self.settings.logging_steps == 0:
+            evaluation = evaluate(self) if evaluating else {}
             logged = self._read_meter()
-            self.log(logged | (evaluate(self) if evaluating else {}))
+            self.log(logged | evaluation)
+        self.reported = self.global_step
         self.events.emit("on_step_end", run=self, metrics=logged)
         return logged
 

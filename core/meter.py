@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from accelerate import Accelerator
     from torch import Tensor
 
@@ -50,13 +52,17 @@ class Meter:
         """Sums and counts; the sums are tensors."""
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what ``state_dict`` gave."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Meter:
+        """The meter whose ``state_dict`` this is."""
+        meter = cls()
+        meter.sums, meter.counts = dict(state["sums"]), dict(state["counts"])
+        return meter
 
 
 def total(accelerator: Accelerator, values: Tensor) -> Tensor:
     """The element-wise sum of values over all processes."""
     if accelerator.num_processes == 1:
         return values
-    return accelerator.reduce(values.clone(), reduction="sum")
+    summed: Tensor = accelerator.reduce(values, reduction="sum")  # of a copy; values stay as they are
+    return summed

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch.nn import Parameter
     from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
+    from torch.optim.lr_scheduler import LambdaLR
 
     from rlx.core.settings import Settings
 
@@ -38,7 +38,7 @@ def build_optimizer(parameters: Mapping[str, Parameter], settings: Settings) -> 
     return torch.optim.AdamW(described, betas=betas, eps=settings.adam_epsilon, fused=fused)
 
 
-def build_scheduler(optimizer: Optimizer, settings: Settings, total_updates: int) -> LRScheduler:
+def build_scheduler(optimizer: Optimizer, settings: Settings, total_updates: int) -> LambdaLR:
     """The schedule of ``lr_scheduler_type`` over ``total_updates`` mini-batches."""
     from transformers import get_scheduler
 
@@ -46,15 +46,18 @@ def build_scheduler(optimizer: Optimizer, settings: Settings, total_updates: int
     kind = settings.lr_scheduler_type
     if kind == "constant" and warmup:
         kind = "constant_with_warmup"
-    return get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_updates)
+    schedule: LambdaLR = get_scheduler(
+        kind, optimizer, num_warmup_steps=warmup, num_training_steps=total_updates
+    )
+    return schedule
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
-    """Moments by parameter name and the learning rate of each group."""
+    """Moments by parameter name; learning rates follow from the schedule's position."""
     numbered = optimizer.state_dict()
     names = [name for group in numbered["param_groups"] for name in group["param_names"]]
     moments = {names[number]: dict(state) for number, state in numbered["state"].items()}
-    return {"moments": moments, "lr": [float(group["lr"]) for group in numbered["param_groups"]]}
+    return {"moments": moments}
 
 
 def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
@@ -64,5 +67,17 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     numbers = {name: number for number, name in enumerate(names)}
     numbered["state"] = {numbers[name]: dict(moments) for name, moments in state["moments"].items()}
     optimizer.load_state_dict(numbered)
-    for group, lr in zip(optimizer.param_groups, state["lr"], strict=True):
-        group["lr"] = lr
+
+
+def place_scheduler(scheduler: LambdaLR, updates: int) -> None:
+    """Put the schedule where it stands after so many mini-batches, and the learning rates with it.
+
+    They are computed, not restored: a resume with another learning rate or horizon follows the new plan.
+    """
+    scheduler.last_epoch = updates
+    rates = [
+        base * shape(updates) for base, shape in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

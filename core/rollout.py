@@ -137,13 +137,13 @@ class Studio:
             return rollouts
         with self.clock.measure("reward"):
             scored = self.rewards.score(prompts, texts, completions.ids)
-        return replace(
-            rollouts,
-            score=scored.score,
-            rewards=scored.rewards,
-            token_scores=scored.token_scores,
-            metrics={name: torch.tensor([value]) for name, value in scored.metrics.items()},
-        ).to(device)
+        found: dict[str, Any] = {
+            "score": scored.score,
+            "rewards": scored.rewards,
+            "token_scores": scored.token_scores,
+            "metrics": {name: torch.tensor([value]) for name, value in scored.metrics.items()},
+        }
+        return replace(rollouts, **found).to(device)
 
     def reward_state(self) -> dict[str, Any]:
         """A copy of what the rewards remember."""
@@ -156,7 +156,8 @@ class Studio:
 
     def measure(self, batch: Rollouts, completions: Completions, needs: frozenset[str]) -> Rollouts:
         """Old log-probs, reference log-probs, values and exact KL, as far as they are needed."""
-        sequences, found = batch.sequences, {}
+        sequences = batch.sequences
+        found: dict[str, Any] = {}
         captured = None if self.settings.recompute_logps else completions.logprobs
         if captured is None or "values" in needs:
             now = self.score(sequences, "policy", needs & {"values"}, logps=captured is None)
@@ -192,6 +193,7 @@ class Studio:
                 sequences,
                 temperature=self.settings.temperature,
                 token_budget=token_budget(self.settings, self.accelerator.device),
+                accelerator=self.accelerator,
             )
 
     def score(

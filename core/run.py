@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+import shlex
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import checkpoint, snapshot
-from rlx.core.assemble import assemble
+from rlx.core.assemble import assemble, begin
 from rlx.core.assemble import dry_run as check_only
 from rlx.core.config import RunConfig, from_mapping
 from rlx.core.errors import CheckpointError, ConfigError, Interrupted, RlxError, SaveError
 from rlx.core.evaluate import evaluate
-from rlx.core.folder import RunFolder
+from rlx.core.files import JsonLines
+from rlx.core.fingerprints import ACCEPTED
+from rlx.core.folder import COMPLETIONS, METRICS, RunFolder, read_manifest
 from rlx.core.signals import Signals
 from rlx.core.text import safe_text
 
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from rlx.core.loop import Run
     from rlx.core.models import Policy
 
-log = logging.getLogger(__name__)
 FAILED_SAVES = 3
 OBJECTS = ("model", "tokenizer", "reference_model", "value_model")
 
@@ -83,36 +85,57 @@ def run(config: RunConfig | None = None, *, dry_run: bool = False, **options: An
     return train(assemble(config, objects))
 
 
-def resume(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Result:
-    """Go on with a run from its newest checkpoint that verifies, to its end; see ``reopen``."""
-    return train(reopen(folder, overrides))
+def resume(folder: str | Path, overrides: Mapping[str, Any] | None = None, **objects: Any) -> Result:
+    """Go on with a run from its newest checkpoint that verifies, to its end; see ``reopen``.
+
+    A run that is finished stays as it is, unless an override asks for more.
+    """
+    if not overrides and is_finished(folder):
+        path = Path(folder)
+        metrics, completions = (JsonLines(path / name).read() for name in (METRICS, COMPLETIONS))
+        return Result(metrics, completions, None, path, [f"{path} is finished; nothing is left to do"])
+    return train(reopen(folder, overrides, **objects))
 
 
-def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> Run:
+def is_finished(folder: str | Path) -> bool:
+    """True if a run folder's run came to its end."""
+    return bool(read_manifest(Path(folder)).get("status") == "finished")
+
+
+def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None, **objects: Any) -> Run:
     """A run as its newest checkpoint that verifies left it, ready to go on.
 
     Args:
         folder: the run folder.
-        overrides: options that may differ from those that the run began with, with their new values.
+        overrides: options that may differ from those that the run began with, with their new values; ``data``
+            and options that name files may have the value True: accept what lies there now.
+        objects: models and tokenizer that the run was given as objects.
 
     Raises:
         CheckpointError: there is no usable checkpoint, or the data or an option changed that was not
             overridden.
     """
+    from accelerate import PartialState
+
     folder, overrides = Path(folder), dict(overrides or {})
     config = stored_config(folder, overrides)
-    newest, broken = checkpoint.latest(folder)
-    for path, reason in broken:
-        log.warning("%s is not usable: %s", path, reason)
-    run = assemble(config, {}, folder=RunFolder.open(folder))
+    # One process owns the folder; the others only read its checkpoints.
+    owned = RunFolder.open(folder) if PartialState().is_main_process else None
     try:
-        for warning in snapshot.check_identity(run, newest, overrides):
-            run.say(warning)
+        newest, broken = checkpoint.latest(folder)
+        run = assemble(config, objects, folder=owned, reopened=True)
+        warnings = [
+            f"{path.name} is not usable, an earlier one is taken: {reason}" for path, reason in broken
+        ]
+        warnings += snapshot.check_identity(run, newest, overrides)
         snapshot.restore(run, newest)
+        begin(run)
     except BaseException:
-        run.folder.close()
+        if owned is not None:
+            owned.close()
         raise
-    run.say(f"resuming from {newest.name} of {run.total_steps} steps")
+    for line in (*warnings, f"resuming from {newest.name} of {run.total_steps} steps"):
+        run.say(line)
     return run
 
 
@@ -129,7 +152,8 @@ def stored_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
             hint="rlx resume RUN_DIR",
         )
     values, where = read_config(file)
-    changed = {name.replace("-", "_"): value for name, value in overrides.items() if name != "data"}
+    changed = {name.replace("-", "_"): value for name, value in overrides.items()}
+    changed = {name: value for name, value in changed.items() if not (name in ACCEPTED and value is True)}
     return from_mapping({**values, **changed, "output_dir": str(folder)}, where)
 
 
@@ -166,22 +190,21 @@ def train(run: Run) -> Result:
                 before = evaluate(run)
                 if before:
                     run.log(before)
+            elif run.reported < run.global_step:  # the evaluation after the last step had failed
+                run.report()
             _walk(run, signals)
             _keep(run)
         status, code = "finished", 0
-    except BaseException as error:
-        code = (
-            error.exit_code
-            if isinstance(error, RlxError)
-            else 130
-            if isinstance(error, KeyboardInterrupt)
-            else 1
-        )
+    except BaseException as raised:
+        error = _at_once(run, signals) if isinstance(raised, KeyboardInterrupt) else raised
+        code = error.exit_code if isinstance(error, RlxError) else 1
         status = "interrupted" if code in (130, 143) else "failed"
         _rescue(run, error)
         _tell(run, error, "on_error", error=error)
         _tell(run, error, "on_run_end")
-        raise
+        if error is raised:
+            raise
+        raise error from None
     else:
         run.events.emit("on_run_end", run=run)
     finally:
@@ -191,11 +214,11 @@ def train(run: Run) -> Result:
 
 
 def _walk(run: Run, signals: Signals) -> None:
-    failures = 0
+    every, failures = run.settings.save_steps, 0
     for _ in run:
-        stopped = signals.agreed(run.accelerator)
-        due = run.settings.save_steps and run.global_step % run.settings.save_steps == 0
-        if due or stopped:
+        stopped, asked = signals.agreed(run.accelerator)
+        last = run.stopping or run.global_step == run.total_steps
+        if stopped or asked or (every and (last or run.global_step % every == 0)):
             try:
                 snapshot.save(run)
                 failures = 0
@@ -209,8 +232,20 @@ def _walk(run: Run, signals: Signals) -> None:
                 f"signal {stopped} after step {run.global_step} of {run.total_steps}; everything is saved",
                 signum=stopped,
                 where=str(run.path / f"checkpoint-{run.global_step}"),
-                hint=f"rlx resume {run.path}",
+                hint=f"rlx resume {shlex.quote(str(run.path))}",
             )
+
+
+def _at_once(run: Run, signals: Signals) -> Interrupted:
+    """What a second signal makes of a run: it ends without a further checkpoint."""
+    newest, _ = checkpoint.newest(run.path)
+    return Interrupted(
+        f"stopped at once in step {run.global_step + 1} of {run.total_steps}; "
+        + (f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint"),
+        signum=signals.received or signal.SIGINT,
+        where=str(newest or run.path),
+        hint=f"rlx resume {shlex.quote(str(run.path))}" if newest else "",
+    )
 
 
 def _keep(run: Run) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlx.core import checkpoint
-from rlx.core.errors import CheckpointError
+from rlx.core.errors import CheckpointError, RlxError
+from rlx.core.meter import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -38,18 +39,39 @@ def save(run: Run) -> Path | None:
     """
     if not run.boundary:
         raise ValueError("a checkpoint is taken between two steps, not inside one")
-    path = None
+    ranks = [_of_this_process(run)]
+    if run.accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        ranks = gather_object(ranks)
+    path, failure = None, None
     if run.folder is not None:
-        path = checkpoint.write(
-            run.path,
-            run.global_step,
-            lambda folder: _fill(run, folder),
-            identity=identity(run),
-            keep=run.settings.save_total_limit,
-        )
+        try:
+            path = checkpoint.write(
+                run.path,
+                run.global_step,
+                lambda folder: _fill(run, folder, ranks),
+                identity=identity(run),
+                keep=run.settings.save_total_limit,
+            )
+        except RlxError as error:
+            failure = error
+    _agree(run, failure)
+    if path is not None:
         run.events.emit("on_save", run=run, path=path)
     run.accelerator.wait_for_everyone()
     return path
+
+
+def _agree(run: Run, failure: RlxError | None) -> None:
+    """Raise on every process what the one that writes met, so that none waits for the others in vain."""
+    failures = [failure]
+    if run.accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(failures)
+    if failures[0] is not None:
+        raise failures[0]
 
 
 def restore(run: Run, folder: Path) -> None:
@@ -60,11 +82,16 @@ def restore(run: Run, folder: Path) -> None:
     run.algorithm.load_state_dict(state["algorithm"])
     if run.studio.reference is not None:
         run.studio.reference.load_state_dict(state["reference"])
-    if run.studio.rewards is not None:
-        run.studio.rewards.load_state_dict(state["rewards"])
-    run.meter.load_state_dict(state["meter"])
-    run.studio.clock.seconds.update(state["clock"])
-    run.global_step, run.tokens = state["step"], state["tokens"]
+    ranks, rank = state["ranks"], run.accelerator.process_index
+    if len(ranks) == run.accelerator.num_processes:
+        _back_to_this_process(run, ranks[rank])
+    else:  # another number of processes: rewards go on from the first one's state, sums are kept together
+        _back_to_this_process(run, ranks[0])
+        for other in ranks[1:] if rank == 0 else ():
+            run.meter.merge(Meter.of(other["meter"]))
+        if rank > 0:
+            run.meter = Meter()
+    run.global_step, run.tokens, run.reported = state["step"], state["tokens"], state["reported"]
     run.tokens_since = run.tokens
     for name, callback in _stateful(run).items():
         if name in state["callbacks"]:
@@ -82,6 +109,7 @@ def identity(run: Run) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": run.accelerator.device.type,
         "torch": torch.__version__,
+        "files": run.fingerprints,
         "config": semantic(run.config),
         "config_sha256": hashlib.sha256(json.dumps(semantic(run.config)).encode()).hexdigest(),
     }
@@ -103,7 +131,7 @@ def check_identity(run: Run, folder: Path, overrides: Collection[str]) -> list[s
     Args:
         run: freshly prepared, from the config that it would go on with.
         folder: the checkpoint.
-        overrides: names that may differ; ``data`` stands for the data set.
+        overrides: names that may differ; ``data`` stands for the rows of the data set.
 
     Returns:
         A warning a line.
@@ -121,37 +149,56 @@ def check_identity(run: Run, folder: Path, overrides: Collection[str]) -> list[s
     ]
     if old["data"] != new["data"] and "data" not in allowed:
         differing.append("data: the rows of the data set are others")
+    changed = [name for name, digest in new["files"].items() if old["files"].get(name, digest) != digest]
+    differing += [
+        f"{name}: its files are others" for name in changed if name not in allowed and name not in COSMETIC
+    ]
     if differing:
         raise CheckpointError(
             "the run would go on with other options than it began with",
             code="E-RESUME-CHANGED",
             where=str(folder),
             got="; ".join(differing[:6]),
-            hint="restore them, or name what may change: rlx resume DIR --override NAME=VALUE",
+            hint="restore them, or name what may change: rlx resume DIR --override NAME=VALUE; "
+            "for changed files or rows the name alone",
         )
-    return [
+    return [f"{name}: its files changed since the checkpoint" for name in changed] + [
         f"not bit-identical to an uninterrupted run: {name} {old[name]} → {new[name]}"
         for name in ("torch", "device", "threads", "world_size")
         if old[name] != new[name]
     ]
 
 
-def _fill(run: Run, folder: Path) -> None:
+def _fill(run: Run, folder: Path, ranks: list[dict[str, Any]]) -> None:
     run.policy.save_pretrained(folder)
     state = {
         "step": run.global_step,
+        "reported": run.reported,
         "tokens": run.tokens,
         "updater": run.updater.state_dict(),
         "algorithm": run.algorithm.state_dict(),
         "reference": {} if run.studio.reference is None else run.studio.reference.state_dict(),
-        "rewards": {} if run.studio.rewards is None else run.studio.rewards.state_dict(),
-        "meter": run.meter.state_dict(),
-        "clock": dict(run.studio.clock.seconds),
+        "ranks": ranks,
         "callbacks": {name: callback.state_dict() for name, callback in _stateful(run).items()},
         "offsets": run.folder.offsets(),
     }
     (folder / "state").mkdir()
     checkpoint.save_state(folder / "state", state)
+
+
+def _of_this_process(run: Run) -> dict[str, Any]:
+    """What differs from process to process: each saw other rows."""
+    return {
+        "meter": run.meter.state_dict(),
+        "clock": dict(run.studio.clock.seconds),
+        "rewards": run.studio.reward_state(),
+    }
+
+
+def _back_to_this_process(run: Run, state: Mapping[str, Any]) -> None:
+    run.meter = Meter.of(state["meter"])
+    run.studio.clock.seconds.update(state["clock"])
+    run.studio.load_reward_state(state["rewards"])
 
 
 def _stateful(run: Run) -> dict[str, Any]:

@@ -242,6 +242,6 @@ def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     for dtype in {parameter.dtype for parameter in parameters}:
-        grads = [parameter.grad for parameter in parameters if parameter.dtype == dtype]
+        grads = [p.grad for p in parameters if p.grad is not None and p.dtype == dtype]
         flat = total(accelerator, torch.nn.utils.parameters_to_vector(grads))
         torch.nn.utils.vector_to_parameters(flat, grads)

@@ -10,6 +10,8 @@ import typer
 from rlx.core.commands.failure import crash_report
 from rlx.core.commands.train import drive
 from rlx.core.errors import ConfigError
+from rlx.core.fingerprints import ACCEPTED
+from rlx.core.folder import read_manifest
 from rlx.core.plain import Plain
 from rlx.core.text import safe_text
 
@@ -23,12 +25,17 @@ def resume(
         list[str] | None,
         typer.Option(
             metavar="OPTION=VALUE",
-            help="an option that may differ from before, may be repeated; data alone accepts other data",
+            help="an option that may differ from before, may be repeated; data, or an option that names "
+            "files, without a value: accept what is there now",
         ),
     ] = None,
 ) -> None:
     """Go on with a run from its newest checkpoint that verifies."""
     overrides = read_overrides(override or [])
+    if not overrides and read_manifest(folder).get("status") == "finished":
+        print(f"{safe_text(folder)} is finished; nothing is left to do")
+        print("train it further with:  rlx resume DIR --override max_steps=N")
+        return
     with crash_report(folder):
         from rlx.core.run import reopen
 
@@ -36,7 +43,7 @@ def resume(
 
 
 def read_overrides(words: list[str]) -> dict[str, Any]:
-    """``option=value`` words as a mapping; ``data`` alone accepts another data set.
+    """``option=value`` words as a mapping; ``data`` or ``model`` alone means True: accept what is there now.
 
     Args:
         words: as given to ``--override``.
@@ -47,11 +54,12 @@ def read_overrides(words: list[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for word in words:
         name, sign, value = word.partition("=")
-        if not sign and name != "data":
+        name = name.replace("-", "_")
+        if not sign and name not in ACCEPTED:
             raise ConfigError(
                 f"--override {safe_text(word, 80)}: no value",
                 code="E-CONFIG-FLAG",
                 hint="--override option=value",
             )
-        out[name.replace("-", "_")] = Plain(value)
+        out[name] = Plain(value) if sign else True
     return out

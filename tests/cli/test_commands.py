@@ -187,7 +187,7 @@ def test_a_dry_run_prints_the_plan(words, stack, capsys):
 
 def test_resume_hands_over_folder_and_overrides(stack):
     assert main(["resume", "runs/x", "--override", "learning-rate=1e-5", "--override", "data"]) == 0
-    assert stack == [("resume", Path("runs/x"), {"learning_rate": "1e-5", "data": ""}), ("train",)]
+    assert stack == [("resume", Path("runs/x"), {"learning_rate": "1e-5", "data": True}), ("train",)]
 
 
 def test_an_override_needs_a_value():

@@ -1,0 +1,69 @@
+"""Fingerprints of the files that decide what a run computes: models, adapters, tokenizers, code.
+
+A resume compares them with those of the checkpoint. Weights are not read whole: names, sizes and both ends of
+each file tell a retrained or swapped model from the same one, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlx.core.config import RunConfig
+
+END = 1 << 16  # bytes read at either end of a file
+SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+MODELS = ("model", "tokenizer", "reference_model", "reference_adapter", "value_model", "adapter")
+CODE = ("algo", "reward", "transform", "generator", "callback")
+ACCEPTED = ("data", *MODELS, *CODE)  # what a resume may be told to accept as it lies there now
+
+
+def fingerprints(config: RunConfig, commit: str | None = None) -> dict[str, str]:
+    """Option → fingerprint of the files that it names; options that name none are left out.
+
+    Args:
+        config: the resolved configuration.
+        commit: what the model's revision on the hub stands for, if it came from there.
+    """
+    from rlx.core.pretrained import Source
+
+    settings, found = config.settings, {}
+    for option in MODELS:
+        name = getattr(settings, option)
+        if name is None or name.startswith("object-"):  # an object given in Python has no files
+            continue
+        folder = Source.of(name, role=option).folder
+        revision = (commit or settings.model_revision or "main") if option == "model" else "main"
+        found[option] = of_folder(folder) if folder is not None else f"{name}@{revision}"
+    chosen = {
+        "algo": [config.algorithm],
+        "reward": [component for component, _ in config.rewards],
+        "transform": config.transforms,
+        "generator": [config.generator],
+        "callback": config.callbacks,
+    }
+    for option in CODE:
+        refs = [component.ref for component in chosen[option] if isinstance(component.ref, str)]
+        files = [Path(ref.rpartition(":")[0]).expanduser() for ref in refs if ".py:" in ref]
+        if files:
+            digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+            found[option] = digest.hexdigest()
+    return found
+
+
+def of_folder(folder: Path) -> str:
+    """sha256 over name, size and both ends of each file of a model's folder; logs and manifest left out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in SUFFIXES or path.name == "manifest.json" or not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            digest.update(f"{path.name}\0{size}\0".encode() + file.read(END))
+            file.seek(max(0, size - END))
+            digest.update(file.read(END))
+    return digest.hexdigest()
