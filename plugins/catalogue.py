@@ -10,6 +10,10 @@ from rlx.plugins.registry import Registry
 
 COMPONENTS = {
     "algorithm": {
+        "cpo": ("rlx.algorithms.cpo:CPO", "contrastive preference optimisation, SimPO, AlphaPO"),
+        "dpo": ("rlx.algorithms.dpo:DPO", "direct preference optimisation, fifteen losses"),
+        "kto": ("rlx.algorithms.kto:KTO", "learn from completions that are each just good or bad"),
+        "orpo": ("rlx.algorithms.orpo:ORPO", "imitate and prefer at once, without a reference"),
         "ppo": ("rlx.algorithms.ppo:PPO", "proximal policy optimisation with a value function"),
     },
     "reward": {
