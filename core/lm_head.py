@@ -123,7 +123,7 @@ def head_logps(
     keep = _fits(len(hidden), len(weight), hidden.device) if keep is None else keep
     rows = min(chunk_rows(len(weight), chunk_bytes), max(1, len(hidden)))
     with torch.autocast(kind, enabled=False):
-        logps, entropies, *found = _HeadLogps.apply(
+        logps, entropies, *found = _HeadLogps.apply(  # type: ignore[no-untyped-call]  # torch leaves it so
             hidden, weight, bias, targets, transform, entropy, tuple(extras), rows, keep and learns
         )
     return logps, entropies, *found
@@ -230,7 +230,7 @@ class _HeadLogps(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """Reduce each chunk of logits to log-normalisers, log-probs, entropies and extras."""
         count, vocabulary = len(hidden), len(weight)
-        like = {"dtype": torch.float32, "device": hidden.device}
+        like: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
         kept = torch.empty(count if keep else rows, vocabulary, **like)
         work = torch.empty(rows, vocabulary, **like) if keep or entropy else kept
         largest, log_sum, logps = (torch.empty(count, **like) for _ in range(3))
