@@ -269,6 +269,13 @@ class Rollouts(Batch):
     returns: Tensor = _layout("token")
     entropy: Tensor = _layout("token")
 
+    @property
+    def total_score(self) -> Tensor:
+        """(N,) float32, ``score`` plus the rewards given for single tokens; NaN where no reward applies."""
+        if self.token_scores is None:
+            return self.score
+        return self.score.index_add(0, torch.repeat_interleave(self.sequences.counts), self.token_scores)
+
 
 @dataclass(frozen=True)
 class Pairs(Batch):

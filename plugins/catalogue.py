@@ -15,6 +15,10 @@ COMPONENTS = {
         "kto": ("rlx.algorithms.kto:KTO", "learn from completions that are each just good or bad"),
         "orpo": ("rlx.algorithms.orpo:ORPO", "imitate and prefer at once, without a reference"),
         "ppo": ("rlx.algorithms.ppo:PPO", "proximal policy optimisation with a value function"),
+        "rloo": ("rlx.algorithms.rloo:RLOO", "REINFORCE with the other completions as baseline"),
+        "grpo": ("rlx.algorithms.grpo:GRPO", "advantages within a group; DAPO, Dr. GRPO, GSPO, CISPO"),
+        "online_dpo": ("rlx.algorithms.online_dpo:OnlineDPO", "DPO on pairs that the policy samples"),
+        "sft": ("rlx.algorithms.sft:SFT", "imitates demonstrations"),
     },
     "reward": {
         "exact_match": ("rlx.rewards.exact_match:ExactMatch", "1 if the final answer is the data's"),
