@@ -23,14 +23,14 @@ class Meter:
     def add(self, name: str, values: Tensor | float) -> None:
         """Take in values of any shape; they count one by one."""
         tensor = torch.as_tensor(values).detach()
-        total = tensor.double().sum() if tensor.device.type != "mps" else tensor.float().sum()
-        self.sums[name] = self.sums[name] + total if name in self.sums else total
+        added = tensor.double().sum()
+        self.sums[name] = self.sums[name] + added if name in self.sums else added
         self.counts[name] = self.counts.get(name, 0) + tensor.numel()
 
     def merge(self, other: Meter) -> None:
         """Take in all that another meter holds."""
-        for name, total in other.sums.items():
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
+        for name, added in other.sums.items():
+            self.sums[name] = self.sums[name] + added if name in self.sums else added
             self.counts[name] = self.counts.get(name, 0) + other.counts[name]
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
@@ -44,8 +44,8 @@ class Meter:
             return {}
         zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         sums = torch.stack([self.sums.get(name, zero).to(accelerator.device) for name in names])
-        counts = torch.tensor([float(self.counts.get(name, 0)) for name in names], device=accelerator.device)
-        both = total(accelerator, torch.stack([sums, counts.double()])).tolist()
+        counts = torch.tensor([self.counts.get(name, 0) for name in names], dtype=torch.float64)
+        both = total(accelerator, torch.stack([sums, counts.to(accelerator.device)])).tolist()
         return {name: s / n for name, s, n in zip(names, *both, strict=True) if n}
 
     def state_dict(self) -> dict[str, Any]:
