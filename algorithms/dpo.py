@@ -21,7 +21,7 @@ import torch
 
 from rlx.core.batch import Batch, Loss, Pairs, Scores
 from rlx.core.errors import ConfigError
-from rlx.core.functional import moments, segment_sum, spread
+from rlx.core.functional import segment_sum, spread
 from rlx.core.options import opt
 from rlx.core.preference import (
     F_DIVERGENCES,
@@ -115,15 +115,11 @@ class DPO(Algorithm):
         return sides(batch.sequences.counts)[0].sum().double() if by == "chosen_tokens" else batch.size(by)
 
     def prepare(self, batch: Pairs, score: Scorer) -> Pairs:
-        """What has to be known of the whole batch: partners of sorted losses, the mean weight for sft."""
-        if set(self.config.loss_type) & set(SORTED):
-            policy = self.sums(batch, score(batch.sequences).logps)
-            return replace(batch, anchors=sorted_anchors(policy, self.reference(batch), score.total))
-        if self.config.use_weighting and "sft" in self.config.loss_type:
-            now = score(batch.sequences, needs={"square"})
-            weights = policy_weights(now.logps, now.square, batch.sequences.counts)
-            return replace(batch, weights=moments(weights, score.total)[1].to(weights).expand(len(batch)))
-        return batch
+        """The batch with what the losses of sorted values have to know of all of it."""
+        if not set(self.config.loss_type) & set(SORTED):
+            return batch
+        policy = self.sums(batch, score(batch.sequences).logps)
+        return replace(batch, anchors=sorted_anchors(policy, self.reference(batch), score.total))
 
     def sums(self, batch: Pairs, logps: torch.Tensor) -> Two:
         """Log-probs (S,) added up over each completion: chosen (R,), rejected (R,)."""
@@ -145,20 +141,20 @@ class DPO(Algorithm):
         chosen, rejected = (lp - base for lp, base in zip(policy, reference, strict=True))
         metrics = comparison_metrics(c.beta * chosen, c.beta * rejected)
         metrics |= {"logps/chosen": policy[0].detach(), "logps/rejected": policy[1].detach()}
-        weights = policy_weights(now.logps, now.square, counts) if c.use_weighting else None
+        weights = torch.ones(len(batch), device=counts.device)
+        if c.use_weighting:
+            weights = metrics["policy/weight"] = policy_weights(now.logps, now.square, counts)
         terms = dict.fromkeys(self.loss_per, torch.zeros((), device=counts.device))
         for kind, factor in self.parts:
             if kind == "sft":
                 by, part = "chosen_tokens", -of_chosen(now.logps, counts)
                 metrics["loss/nll"] = part.detach()
-                if c.use_weighting:  # as in TRL: the mean over tokens times the mean weight of the pairs
-                    part = part * spread(batch.weights, sides(counts)[0])
+                weight = spread(weights, sides(counts)[0])
             else:
-                by, part = "rows", self.compare(kind, policy, reference, batch)
+                by, part, weight = "rows", self.compare(kind, policy, reference, batch), weights
                 metrics |= {f"loss/{kind}": part.detach()} if len(self.parts) > 1 else {}
-                part = part if weights is None else part * weights
-            terms[by] = terms[by] + factor * part
-        return Loss(terms, metrics if weights is None else metrics | {"policy/weight": weights})
+            terms[by] = terms[by] + factor * weight * part
+        return Loss(terms, metrics)
 
     def compare(self, kind: str, policy: Two, reference: Two, batch: Pairs) -> torch.Tensor:
         """The loss (R,) of each pair, from the log-probs of its completions under both models."""
