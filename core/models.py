@@ -7,7 +7,8 @@ dropout, gradient checkpointing and adapters, which the settings ask for by name
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rlx.core.errors import ConfigError, DivergedError
 from rlx.core.precision import DTYPES, upcast_norms
 from rlx.core.pretrained import Source, load_config, load_weights, quiet, restore_weights
 from rlx.core.settings import Settings
+from rlx.core.streams import rng_scope
 from rlx.core.tokenizer import check_vocabulary, load_tokenizer, ready_tokenizer, stop_token_ids
 from rlx.core.values import (
     VALUE_HEAD_FILE,
@@ -33,7 +35,7 @@ from rlx.core.values import (
 __all__ = ["Policy", "load_policy", "load_tokenizer", "ready_tokenizer", "remove_dropout", "resolve_dtype"]
 
 VALUE_MODEL_FOLDER = "value_model"
-_VALUE = "value."  # prefix of the value function's parameters in Policy.trainable
+VALUE = "value."  # prefix of the value function's parameters in Policy.trainable
 
 
 class Policy:
@@ -41,6 +43,7 @@ class Policy:
 
     Attributes:
         model: a transformers causal language model, or peft's wrapper around one.
+        adapter: name of the adapter that is trained, on a base that may carry others; None without adapters.
         tokenizer: with a pad token.
         value_head: a head on the policy's backbone; None without a value function, or with a separate one.
         value_model: a separate value model; None otherwise.
@@ -58,6 +61,7 @@ class Policy:
         report: Sequence[str] = (),
     ) -> None:
         self.model = model
+        self.adapter: str | None = model.active_adapter if adapters.is_adapted(model) else None
         self.tokenizer = tokenizer
         self.value_head = value_head
         self.value_model = value_model
@@ -68,7 +72,7 @@ class Policy:
     @property
     def base(self) -> Any:
         """The transformers model, without peft's wrapper."""
-        return self.model.get_base_model() if adapters.is_adapted(self.model) else self.model
+        return self.model if self.adapter is None else self.model.get_base_model()
 
     @property
     def hidden_size(self) -> int:
@@ -82,16 +86,39 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by a lasting name; the value function's begin with ``value.``."""
-        own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        foreign = set().union(*(adapters.adapter_parameters(self.model, name) for name in self._others()))
+        own = {
+            name if self.adapter is None else adapters.lasting_name(name, self.adapter): parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and name not in foreign
+        }
         if self.value is not None:
-            own |= {_VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
+            own |= {VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
         return own
+
+    @contextmanager
+    def active(self, *, training: bool = False) -> Iterator[Any]:
+        """Within it the model computes as this policy; afterwards adapters and modes are as they were before.
+
+        Args:
+            training: with dropout and gradient checkpointing, where they are asked for.
+
+        Yields:
+            The model.
+        """
+        with ExitStack() as stack:
+            if self.adapter is not None:
+                stack.enter_context(adapters.adapter_switched(self.model, self.adapter))
+            stack.enter_context(in_mode(self.model, training))
+            if self.value_model is not None:
+                stack.enter_context(in_mode(self.value_model, training))
+            yield self.model
 
     def without_dropout(self) -> None:
         """Set every dropout probability to zero; the saved config keeps what it declared."""
-        for model in (self.model, self.value_model):
-            if model is not None:
-                remove_dropout(model)
+        remove_dropout(self.model, but=self._others())
+        if self.value_model is not None:
+            remove_dropout(self.value_model)
         config = self.base.config.get_text_config(decoder=True)
         for name, value in list(vars(config).items()):
             if _is_dropout(name, value):
@@ -107,7 +134,7 @@ class Policy:
                     model.gradient_checkpointing_enable(
                         gradient_checkpointing_kwargs={"use_reentrant": False}
                     )
-        if adapters.is_adapted(self.model):
+        if self.adapter is not None:
             # Frozen embeddings give inputs without gradient; the first checkpointed layer needs one that has.
             self.base.enable_input_require_grads()
         self._declare(self.base.config.get_text_config(decoder=True), "use_cache", False)
@@ -126,8 +153,8 @@ class Policy:
         for name, value in self._declared.items():
             setattr(config, name, value)
         try:
-            if adapters.is_adapted(self.model):
-                adapters.save_adapter(self.model, folder)
+            if self.adapter is not None:
+                adapters.save_adapter(self.model, folder, name=self.adapter)
                 self.base.generation_config.save_pretrained(str(folder))
             else:
                 with quiet():
@@ -162,14 +189,18 @@ class Policy:
             ConfigError: a weight is missing in the folder or has another shape.
         """
         folder = Path(folder)
-        if adapters.is_adapted(self.model):
-            adapters.restore_adapter(self.model, folder)
+        if self.adapter is not None:
+            adapters.restore_adapter(self.model, folder, name=self.adapter)
         else:
             restore_weights(self.model, folder)
         if self.value_head is not None:
             load_value_head(self.value_head, folder / VALUE_HEAD_FILE)
         if self.value_model is not None:
             self.value_model.restore(folder / VALUE_MODEL_FOLDER)
+
+    def _others(self) -> set[str]:
+        """Names of the other adapters on the base."""
+        return set() if self.adapter is None else set(self.model.peft_config) - {self.adapter}
 
     def _declare(self, config: Any, name: str, value: Any) -> None:
         self._declared.setdefault(name, getattr(config, name))
@@ -213,7 +244,7 @@ def load_policy(
     if settings.disable_dropout:
         policy.without_dropout()
     if settings.lora_r and settings.lora_dropout:
-        adapters.set_dropout(policy.model, settings.lora_dropout)
+        adapters.set_dropout(policy.model, settings.lora_dropout, name=policy.adapter)
     if settings.upcast_norms:
         upcast_norms(policy.model)
     if settings.gradient_checkpointing:
@@ -285,11 +316,18 @@ def _adapted(settings: Settings, model: Any) -> Any:
     if settings.adapter:
         return adapters.load_adapter(model, settings.adapter)
     if settings.lora_r:
-        return adapters.add_lora(
-            model,
-            rank=settings.lora_r,
-            alpha=settings.lora_alpha,
-            target_modules=settings.lora_target_modules,
+        with rng_scope(settings.seed, "adapter"):
+            return adapters.add_lora(
+                model,
+                rank=settings.lora_r,
+                alpha=settings.lora_alpha,
+                target_modules=settings.lora_target_modules,
+            )
+    if adapters.wrapper_of(model) not in (None, model):
+        raise ConfigError(
+            "the model object carries adapters of an earlier run, and this run is to train all weights",
+            code="E-ADAPTER",
+            hint="set lora_r or adapter to train a further adapter, or pass a model object of its own",
         )
     return model
 
@@ -311,9 +349,29 @@ def _add_values(
         policy.value_head = head.to(device)
 
 
-def remove_dropout(model: nn.Module) -> None:
-    """Set the probability of every dropout layer, and of attention's functional dropout, to zero."""
-    for module in model.modules():
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or evaluation mode for a while; afterwards each module's mode is what it was."""
+    changed = [module for module in model.modules() if module.training != training]
+    try:
+        for module in changed:
+            module.training = training
+        yield
+    finally:
+        for module in changed:
+            module.training = not training
+
+
+def remove_dropout(model: nn.Module, *, but: Collection[str] = ()) -> None:
+    """Set the probability of every dropout layer, and of attention's functional dropout, to zero.
+
+    Args:
+        model: changed in place.
+        but: adapters whose dropout stays.
+    """
+    for path, module in model.named_modules():
+        if not set(but).isdisjoint(path.split(".")):
+            continue
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         # Attention layers keep the probability of their functional dropout as a plain number.

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from rlx.core import adapters
 from rlx.core.errors import ConfigError
-from rlx.core.models import Policy, resolve_dtype
+from rlx.core.models import VALUE, Policy, in_mode, resolve_dtype
 from rlx.core.pretrained import Source, fill, load_config, load_weights
 from rlx.core.settings import Settings
 from rlx.core.tokenizer import check_vocabulary
 
-REFERENCE = "reference"  # name of the frozen adapter
+REFERENCE = "reference"  # a frozen adapter of this name on a model from Python is the reference
 
 
 @dataclass(frozen=True)
@@ -35,32 +35,26 @@ class Reference:
     Attributes:
         kind: ``adapter off``, ``adapter``, ``copy`` or ``model``.
         model: the module to call; the policy's own one for the first two kinds.
+        adapter: name of the frozen adapter; None for the other kinds.
     """
 
     kind: str
     model: Any
+    adapter: str | None = None
 
     @contextmanager
     def active(self) -> Iterator[nn.Module]:
         """Within it the yielded module is the reference, in eval mode and without gradients."""
-        training = [module for module in self.model.modules() if module.training]
-        try:
-            self.model.eval()
-            with torch.no_grad():
-                if self.kind in ("copy", "model"):
+        with in_mode(self.model, False), torch.no_grad():
+            if self.kind in ("copy", "model"):
+                yield self.model
+            else:
+                with adapters.adapter_switched(self.model, self.adapter):
                     yield self.model
-                else:
-                    with adapters.adapter_switched(self.model, REFERENCE if self.kind == "adapter" else None):
-                        yield self.model
-        finally:
-            for module in training:
-                module.training = True
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint must keep: the frozen adapter. The other kinds follow from the settings."""
-        if self.kind != "adapter":
-            return {}
-        return {name: tensor.detach().clone() for name, tensor in self._adapter().items()}
+        return {name: tensor.detach().clone() for name, tensor in self._frozen_adapter().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what ``state_dict`` gave.
@@ -68,24 +62,30 @@ class Reference:
         Raises:
             ConfigError: if it is for a reference of another kind or shape.
         """
-        own = self._adapter() if self.kind == "adapter" else {}
-        fill({name: parameter.data for name, parameter in own.items()}, state, where="reference")
+        own = {name: parameter.data for name, parameter in self._frozen_adapter().items()}
+        fill(own, state, where="reference")
 
     def fingerprint(self) -> str:
         """Sha256 of the reference's weights as they are now; reads all of them."""
-        parts: Mapping[str, Tensor] = dict(self.model.named_parameters())
+        parts: dict[str, Tensor] = dict(self.model.named_parameters())
         if self.kind in ("adapter off", "adapter"):
-            # The policy's own adapter is trained, so it is no part of the reference.
-            trained = adapters.adapter_parameters(self.model, self.model.active_adapter)
-            parts = {name: tensor for name, tensor in parts.items() if name not in trained}
+            # Of the adapters on the policy's base only the frozen one is part of the reference.
+            for adapter in self.model.peft_config:
+                for name in adapters.adapter_parameters(self.model, adapter):
+                    parts.pop(name, None)
+            parts |= self._frozen_adapter()
         digest = hashlib.sha256()
         for name, tensor in sorted(parts.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _adapter(self) -> dict[str, nn.Parameter]:
-        return adapters.adapter_parameters(self.model, REFERENCE)
+    def _frozen_adapter(self) -> dict[str, nn.Parameter]:
+        """The frozen adapter's parameters under names that last; none for the other kinds."""
+        if self.adapter is None:
+            return {}
+        own = adapters.adapter_parameters(self.model, self.adapter)
+        return {adapters.lasting_name(name, self.adapter): parameter for name, parameter in own.items()}
 
 
 def build_reference(
@@ -114,17 +114,19 @@ def build_reference(
 
 def _at_the_start(policy: Policy) -> Reference:
     """The policy as it is now, by the cheapest kind that stays as it is while the policy is trained."""
-    if not adapters.is_adapted(policy.model):
-        return Reference("copy", _frozen(copy.deepcopy(policy.model)))
-    if REFERENCE in policy.model.peft_config:  # a model from Python may bring its reference along
-        return Reference("adapter", policy.model)
-    adapter = adapters.adapter_parameters(policy.model, policy.model.active_adapter)
-    if any(p.requires_grad and name not in adapter for name, p in policy.model.named_parameters()):
-        return Reference("copy", _frozen(copy.deepcopy(policy.model)))  # part of the base is trained along
-    if adapters.is_identity(policy.model):
-        return Reference("adapter off", policy.model)
-    adapters.snapshot(policy.model, REFERENCE)
-    return Reference("adapter", policy.model)
+    model = policy.model
+    if policy.adapter is None:
+        return Reference("copy", _frozen(copy.deepcopy(model)))
+    if REFERENCE in model.peft_config and policy.adapter != REFERENCE:
+        return Reference("adapter", model, REFERENCE)
+    adapter = {id(parameter) for parameter in adapters.adapter_parameters(model, policy.adapter).values()}
+    if any(id(p) not in adapter for name, p in policy.trainable().items() if not name.startswith(VALUE)):
+        return Reference("copy", _frozen(copy.deepcopy(model)))  # part of the base is trained along
+    if adapters.is_identity(model, policy.adapter):
+        return Reference("adapter off", model)
+    name = adapters.free_name(model, f"{policy.adapter}-reference")
+    adapters.snapshot(model, name, of=policy.adapter)
+    return Reference("adapter", model, name)
 
 
 def _given(model: Any, policy: Policy, device: torch.device) -> Reference:
@@ -154,15 +156,16 @@ def _named(settings: Settings, name: str, policy: Policy, device: torch.device) 
 
 
 def _adapter(folder: str, policy: Policy) -> Reference:
-    if not adapters.is_adapted(policy.model):
+    if policy.adapter is None:
         raise ConfigError(
             "reference_adapter needs a policy that is trained with LoRA",
             code="E-REFERENCE",
             hint="add --lora-r or --adapter, or name a whole model with --reference-model",
         )
-    adapters.load_adapter(policy.model, Path(folder), name=REFERENCE, trainable=False)
-    adapters.set_dropout(policy.model, 0.0, name=REFERENCE)
-    return Reference("adapter", policy.model)
+    name = adapters.free_name(policy.model, f"{policy.adapter}-reference")
+    adapters.load_adapter(policy.model, Path(folder), name=name, trainable=False)
+    adapters.set_dropout(policy.model, 0.0, name=name)
+    return Reference("adapter", policy.model, name)
 
 
 def _frozen(model: Any) -> Any:

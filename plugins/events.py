@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pluggy
@@ -25,11 +26,15 @@ log = logging.getLogger(__name__)
 class Events:
     """The callbacks of one run.
 
+    Args:
+        within: makes the context that an event's callbacks are called in; None for none.
+
     Attributes:
         disabled: callback name → why it was switched off, for observers that failed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, within: Callable[[], AbstractContextManager[Any]] | None = None) -> None:
+        self._within = within or nullcontext
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(RunEvents)
         self._arguments = arguments(RunEvents)
@@ -99,6 +104,11 @@ class Events:
             raise TypeError(
                 f"emit({event!r}, {', '.join(given)}): expected {self._arguments.get(event, 'another event')}"
             )
+        with self._within():
+            results = self._told(event, given)
+        return [result for result in results if result is not None]
+
+    def _told(self, event: str, given: Mapping[str, Any]) -> list[Any]:
         results = []
         for impl in _in_order(getattr(self._manager.hook, event), list(self._callbacks)):
             try:
@@ -111,7 +121,7 @@ class Events:
                     error.add_note(note)
                     raise
                 self._switch_off(impl, error, note)
-        return [result for result in results if result is not None]
+        return results
 
     def _switch_off(self, impl: pluggy.HookImpl, error: Exception, note: str) -> None:
         reason = f"{type(error).__name__}: {safe_text(error)} ({note})"

@@ -121,10 +121,37 @@ def test_an_adapter_of_another_name_is_saved_at_the_root(tiny_model, tiny_tokeni
     assert len(wanted) == 4 and all(torch.equal(p, wanted[name]) for name, p in policy.trainable().items())
 
 
-def test_a_second_adapter_by_lora_r_is_refused(tiny_model, tiny_tokenizer):
-    adapted = adapters.add_lora(tiny_model(), rank=2, alpha=2)
-    with pytest.raises(ConfigError, match="already has an adapter"):
-        load_policy(Settings(lora_r=4), tokenizer=tiny_tokenizer(), model=adapted)
+def test_a_new_adapter_stands_beside_those_that_are_there(tiny_model, tiny_tokenizer):
+    first = adapters.add_lora(tiny_model(), rank=2, alpha=2)
+    stir(first)
+    kept = {name: p.detach().clone() for name, p in adapters.adapter_parameters(first, "default").items()}
+    for given in (first, first.get_base_model()):  # the wrapper, or the base that it is around
+        policy = load_policy(Settings(lora_r=4), tokenizer=tiny_tokenizer(), model=given)
+        assert policy.model is first
+        assert torch.equal(policy.model(IDS).logits, tiny_model()(IDS).logits)
+    assert sorted(first.peft_config) == ["default", "default-2", "default-3"]
+    assert policy.adapter == first.active_adapter == "default-3"
+    now = adapters.adapter_parameters(first, "default")
+    assert all(torch.equal(now[name], kept[name]) and now[name].requires_grad for name in kept)
+
+
+def test_a_new_adapter_begins_as_the_seed_says(tiny_model, tiny_tokenizer):
+    def started(seed: int) -> dict[str, torch.Tensor]:
+        policy = load_policy(Settings(lora_r=4, seed=seed), tokenizer=tiny_tokenizer(), model=tiny_model())
+        return policy.trainable()
+
+    torch.manual_seed(1)
+    one, other = started(0), started(0)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    different = started(1)
+    assert not any(torch.equal(one[name], different[name]) for name in one if ".lora_A." in name)
+
+
+def test_a_base_with_adapters_cannot_be_trained_whole(tiny_model, tiny_tokenizer):
+    base = tiny_model()
+    adapters.add_lora(base, rank=2, alpha=2)
+    with pytest.raises(ConfigError, match="carries adapters of an earlier run"):
+        load_policy(Settings(), tokenizer=tiny_tokenizer(), model=base)
 
 
 def other_base(folder: Path, tiny_model) -> None:
@@ -206,7 +233,7 @@ def test_restoring_an_adapter_of_another_rank_changes_nothing(tiny_model, tmp_pa
     model = adapters.add_lora(tiny_model(), rank=4, alpha=8)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ConfigError, match="does not fit"):
-        adapters.restore_adapter(model, folder)
+        adapters.restore_adapter(model, folder, name="default")
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -215,7 +242,7 @@ def test_restoring_an_adapter_of_another_rank_changes_nothing(tiny_model, tmp_pa
 def test_switching_adapters_leaves_everything_as_it_was(name, fails, tiny_model):
     model = adapters.add_lora(tiny_model(), rank=4, alpha=8)
     stir(model)
-    adapters.snapshot(model, "other")
+    adapters.snapshot(model, "other", of="default")
     stir(model)
     next(iter(adapters.adapter_parameters(model, "default").values())).requires_grad_(
         False
@@ -237,6 +264,6 @@ def test_switching_adapters_leaves_everything_as_it_was(name, fails, tiny_model)
 
 def test_an_adapter_is_an_identity_until_its_b_moves(tiny_model):
     model = adapters.add_lora(tiny_model(), rank=4, alpha=8)
-    assert adapters.is_identity(model)
+    assert adapters.is_identity(model, "default")
     stir(model)
-    assert not adapters.is_identity(model)
+    assert not adapters.is_identity(model, "default")
