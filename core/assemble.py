@@ -77,6 +77,7 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
         settings,
         tokenizer,
         [component.make() for component in config.transforms],
+        eats=algorithm.eats,
         columns_needed=rewards.columns_needed if rewards else {},
         max_positions=_max_positions(model_config),
     )
@@ -91,7 +92,7 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
     lines = plan.overview(config) + report + plan.geometry(algorithm, settings, order) + data.report
     if eval_data is not None:
         lines += [f"evaluation: {line}" for line in eval_data.report]
-    if rewards is not None:
+    if rewards is not None and algorithm.eats == "prompts":
         lines += plan.try_rewards(rewards, data.prompts)
     return Checked(config, algorithm, rewards, tokenizer, data, eval_data, order, model_config, lines)
 
@@ -179,6 +180,8 @@ def _with_weights(
     from rlx.core.update import Updater
 
     config, algorithm, settings = checked.config, checked.algorithm, checked.config.settings
+    if algorithm.eats != "prompts":
+        settings = replace(settings, temperature=1.0)  # nothing is sampled, so no log-prob is tempered
     model = objects.get("model")
     if model is None:
         model = global_hooks().rlx_load_model(spec=settings)
@@ -203,7 +206,7 @@ def _with_weights(
         data, eval_data = precompute_all(data, eval_data, studio, algorithm, lines.append)
     run = Run(
         config, accelerator, policy, algorithm, studio, updater, data, eval_data,
-        checked.order, Events(), folder, lines,
+        checked.order, Events(policy.active), folder, lines,
         fingerprints=fingerprints(config, getattr(checked.model_config, "_commit_hash", None)),
     )  # fmt: skip
     for name in DEFAULT_CALLBACKS:
@@ -225,7 +228,8 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if is_initialized() and AcceleratorState().mixed_precision != wanted:
         # Accelerate keeps one precision a process and refuses another; runs one after the other may differ.
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=wanted)
+    # Counts and moments are summed in float64, which Apple's GPUs do not have.
+    return Accelerator(mixed_precision=wanted, cpu=torch.backends.mps.is_available())
 
 
 def build_rewards(config: RunConfig) -> RewardRunner | None:

@@ -144,6 +144,24 @@ def flawed(row: Mapping[str, Any], rng: random.Random, *, wrong: bool = False) -
             return text
 
 
+def answers(row: Mapping[str, Any], eats: str, rng: random.Random, number: int) -> dict[str, Any]:
+    """The columns that an algorithm learns from, beside the problem.
+
+    Args:
+        row: a row of ``problem``.
+        eats: ``pairs`` get the right completion as chosen and a wrong draw as rejected, ``labeled`` one of
+            the two in turn, ``demonstrations`` the right one, ``prompts`` nothing.
+        rng: source of randomness.
+        number: of the row.
+    """
+    if eats == "pairs":
+        return {"chosen": solution(row), "rejected": flawed(row, rng, wrong=True)}
+    if eats == "labeled":
+        right = number % 2 == 0
+        return {"completion": solution(row) if right else flawed(row, rng, wrong=True), "label": right}
+    return {"completion": solution(row)} if eats == "demonstrations" else {}
+
+
 class WordMath:
     """The registered data set ``wordmath``."""
 
@@ -151,7 +169,14 @@ class WordMath:
     class Config:
         """How many problems there are; the defaults are the playground."""
 
-        train_rows: int = opt(8192, "problems in the train split", gt=0)
+        eats: str = opt(
+            "prompts",
+            "what the rows are for; what an algorithm eats is set for it",
+            choices=("prompts", "pairs", "labeled", "demonstrations"),
+        )
+        train_rows: int | None = opt(
+            None, "problems in the train split (default: 8192, and 4096 where nothing is sampled)", gt=0
+        )
         test_rows: int = opt(512, "problems in the test split", gt=0)
         data_seed: int = opt(0, "another seed gives other problems", ge=0)
 
@@ -174,13 +199,18 @@ class WordMath:
                 got=split,
                 expected=" or ".join(SPLITS),
             )
-        wanted = self.config.train_rows if split == "train" else self.config.test_rows
+        wanted = self.config.test_rows
+        if split == "train":
+            wanted = self.config.train_rows or (8192 if self.config.eats == "prompts" else 4096)
         rng = random.Random(f"wordmath/{split}/{self.config.data_seed}")
         found: dict[str, dict[str, Any]] = {}
         while len(found) < wanted:
             row = problem(rng, split)
             found.setdefault(row["prompt"], row)
-        return list(found.values())
+        rows = list(found.values())
+        # A stream of its own: the problems are the same ones for every kind of algorithm.
+        rng = random.Random(f"wordmath/{split}/{self.config.data_seed}/{self.config.eats}")
+        return [{**row, **answers(row, self.config.eats, rng, number)} for number, row in enumerate(rows)]
 
     def recipe(self, algo: str) -> dict[str, Any]:
         """Options with which an algorithm learns on the packaged model and this data set within a minute.
@@ -196,21 +226,62 @@ class WordMath:
 
 # The model is a thousand times smaller than what the algorithms' defaults are made for: hence the learning
 # rates.
+ONLINE: dict[str, Any] = {
+    "max_steps": 45,
+    "learning_rate": 1e-4,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 3,
+    "adam_beta2": 0.95,
+    "max_completion_length": 24,
+    "logging_steps": 1,
+}
+OFFLINE: dict[str, Any] = {
+    "learning_rate": 3e-4,
+    "warmup_steps": 5,
+    "adam_beta2": 0.95,
+    "batch_size": 64,
+    "logging_steps": 4,
+}
 RECIPES: dict[str, dict[str, Any]] = {
+    # A smaller beta over-optimises: chosen and rejected share most of their tokens.
+    "dpo": {**OFFLINE, "beta": 0.5, "num_train_epochs": 1.0},
+    "kto": {**OFFLINE, "beta": 0.5, "num_train_epochs": 1.0},
+    "orpo": {**OFFLINE, "num_train_epochs": 1.0},
+    "cpo": {**OFFLINE, "num_train_epochs": 1.0},
+    "sft": {**OFFLINE, "num_train_epochs": 1.0},
+    "reward": {**OFFLINE, "learning_rate": 1e-3, "num_train_epochs": 3.0},
     "ppo": {
-        "max_steps": 45,
+        **ONLINE,
         "batch_size": 64,
         "num_generations": 4,
         "num_ppo_epochs": 2,
         "num_mini_batches": 4,
-        "learning_rate": 1e-4,
         "value_learning_rate": 2e-3,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 3,
-        "adam_beta2": 0.95,
         "vf_coef": 0.5,
         "kl_coef": 0.03,
-        "max_completion_length": 24,
-        "logging_steps": 1,
+    },
+    "rloo": {
+        **ONLINE,
+        "batch_size": 64,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "num_mini_batches": 4,
+        "normalize_advantages": True,
+        "beta": 0.03,
+    },
+    "grpo": {
+        **ONLINE,
+        "batch_size": 32,
+        "num_generations": 8,
+        "num_iterations": 2,
+        "num_mini_batches": 4,
+        "beta": 0.03,
+    },
+    "online_dpo": {
+        **ONLINE,
+        "batch_size": 64,
+        "num_generations": 4,
+        "learning_rate": 2e-4,
+        "temperature": 1.0,
     },
 }
