@@ -167,7 +167,7 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise _bad(place, "invalid JSON", f"{error.msg} at column {error.colno}") from error
+        raise _bad(place, "invalid JSON", f"column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets thousands deep
         raise _bad(place, "invalid JSON", str(error)) from error
 

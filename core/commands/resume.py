@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +34,10 @@ def resume(
     """Go on with a run from its newest checkpoint that verifies."""
     overrides = read_overrides(override or [])
     if not overrides and read_manifest(folder).get("status") == "finished":
-        print(f"{safe_text(folder)} is finished; nothing is left to do")
-        print("train it further with:  rlx resume DIR --override max_steps=N")
+        name = shlex.quote(safe_text(folder))
+        print(f"{name} is finished; nothing is left to do")
+        print(f"look at it:        rlx show {name}")
+        print(f"train it further:  rlx resume {name} --override max_steps=N")
         return
     with crash_report(folder):
         from rlx.core.run import reopen
