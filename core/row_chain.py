@@ -78,10 +78,10 @@ class Ledger:
             )
         self.drop(len(rows), f"cannot be used: {got} at {where}")
 
-    def drop(self, count: int, reason: str) -> None:
-        """Rows left out for a reason, by a rule that the user chose."""
+    def drop(self, count: int, reason: str, of: int | None = None) -> None:
+        """Rows left out for a reason, by a rule that the user chose; ``of`` where they are not the table's."""
         self.dropped[reason] += count
-        self.note(f"left out {count} of {len(self.table)} rows: {reason}")
+        self.note(f"left out {count} of {of or len(self.table)} rows: {reason}")
 
     def check_left(self, rows: Sequence[Any]) -> None:
         """Refuse to go on without rows.

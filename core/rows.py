@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -65,7 +65,12 @@ def _plain(value: Any) -> str:
 
 
 def read_rows(
-    source: Any, *, split: str = "train", config: str | None = None, limit: int | None = None
+    source: Any,
+    *,
+    split: str = "train",
+    config: str | None = None,
+    limit: int | None = None,
+    eats: str = "prompts",
 ) -> Table:
     """The rows of a data set.
 
@@ -76,6 +81,7 @@ def read_rows(
         split: split of a registered, hub or saved data set, or of a folder with files named by split.
         config: configuration of a hub data set.
         limit: read only so many rows, from the first.
+        eats: what the rows are for; a registered data set with an option ``eats`` is told.
 
     Raises:
         DataError: missing, unreadable, malformed, or no rows.
@@ -86,7 +92,7 @@ def read_rows(
         split, config = source.get("split", split), source.get("config", config)
         source = source["name"]
     if isinstance(source, str | Path):
-        table = _named(str(source), options, split, config, limit)
+        table = _named(str(source), options, split, config, limit, eats)
     else:
         table = _table(_from_object(source, split), f"the {type(source).__name__} given", limit)
     if not table.rows:
@@ -97,12 +103,14 @@ def read_rows(
 
 
 def _named(
-    source: str, options: Mapping[str, Any], split: str, config: str | None, limit: int | None
+    source: str, options: Mapping[str, Any], split: str, config: str | None, limit: int | None, eats: str
 ) -> Table:
     if is_registered(source):
         from rlx.plugins import references
 
-        dataset = references.make("dataset", source, options)
+        known = references.config_of(references.resolve("dataset", source))
+        told = {"eats": eats} if any(f.name == "eats" for f in fields(known)) else {}
+        dataset = references.make("dataset", source, {**told, **options})
         return _table(dataset.rows(split), f"{source}/{split}", limit)
     if options:
         raise DataError(

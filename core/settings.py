@@ -127,6 +127,29 @@ class Settings:
     prompt_overflow: str = opt(
         "error", "a prompt that is longer", choices=("error", "drop", "truncate_left"), panel="Data"
     )
+    max_length: int = opt(
+        1024, "longest prompt and completion, or text, to learn from", gt=0, unit="tokens", panel="Data"
+    )
+    truncation_mode: str = opt(
+        "keep_start",
+        "what is over max_length: cut completions at the end, prompts at the start, or leave the row out",
+        choices=("keep_start", "keep_end", "drop"),
+        panel="Data",
+    )
+    packing: bool = opt(
+        False, "put short demonstrations together into rows of max_length tokens", panel="Data"
+    )
+    packing_strategy: str = opt(
+        "bfd",
+        "best-fit decreasing; the same with long documents split instead of cut; or rows filled to the brim",
+        choices=("bfd", "bfd_split", "wrapped"),
+        source="arXiv:2404.10830",
+        panel="Data",
+    )
+    completion_only_loss: bool | None = opt(
+        None, "learn the completion only (default: where demonstrations have a prompt)", panel="Data"
+    )
+    assistant_only_loss: bool = opt(False, "learn the assistant's turns of a conversation only", panel="Data")
     on_bad_row: str = opt("error", "a row that cannot be used", choices=("error", "drop"), panel="Data")
     max_bad_rows: float = opt(0.01, "share of rows that on_bad_row: drop may drop", ge=0, le=1, panel="Data")
     max_rows: int | None = opt(None, "use only the first rows of the data set", gt=0, panel="Data")

@@ -261,7 +261,10 @@ class Judge(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """A named data set, built in code or loaded."""
+    """A named data set, built in code or loaded.
+
+    One whose Config has a field ``eats`` is told what the algorithm eats, and may give rows for it.
+    """
 
     def rows(self, split: str) -> list[dict[str, Any]]:
         """The rows of ``train`` or ``test``."""

@@ -58,6 +58,23 @@ class ConversationPrompt(Transform):
         return messages
 
 
+class SplitConversation(Transform):
+    """A dialogue as ``prompt``, the turns up to the last user turn, and ``completion``, those after it."""
+
+    takes = frozenset({"messages"})
+    gives = frozenset({"prompt", "completion"})
+
+    def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
+        """Rows with both, lists of messages."""
+        out = []
+        for row in rows:
+            messages = standard_messages(row.get("messages"), "messages")
+            users = [place for place, turn in enumerate(messages) if turn.get("role") == "user"]
+            cut = users[-1] + 1 if users else 0
+            out.append({**row, "prompt": messages[:cut], "completion": messages[cut:]})
+        return out
+
+
 class ShareGPTMessages(Transform):
     """ShareGPT's ``conversations`` of ``from`` and ``value`` as ``messages`` of ``role`` and ``content``."""
 
@@ -72,7 +89,7 @@ class ShareGPTMessages(Transform):
 
 
 def standard_messages(turns: Any, column: str) -> Messages:
-    """A dialogue as messages of ``role`` and ``content``, ShareGPT's ``from`` and ``value`` changed into them.
+    """A dialogue as messages of ``role`` and ``content``; ShareGPT's ``from`` and ``value`` become them.
 
     Args:
         turns: the value of a column.
@@ -300,3 +317,10 @@ def _template(option: str | None) -> str | None:
 
 def _model(tokenizer: Any) -> str:
     return f"the tokenizer of {safe_text(tokenizer.name_or_path or 'the model', 120)}"
+
+
+def shared_start(*texts: str) -> str:
+    """What all texts begin with, to the character."""
+    first, last = min(texts), max(texts)  # whatever lies between the two in order begins with it as well
+    place = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return first[:place]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from rlx.core.options import opt
 from rlx.plugins.contract import Transform
 from rlx.plugins.transforms import PLAIN, BadRow
-from rlx.plugins.transforms.chat import standard_messages
+from rlx.plugins.transforms.chat import shared_start, standard_messages
 
 Row = dict[str, Any]
 Messages = list[dict[str, Any]]
@@ -54,7 +53,7 @@ class ExtractPrompt(Transform):
 
 def text_cut(one: str, other: str, marker: str) -> int:
     """The length of the prompt that two dialogues share, by the rules of ``ExtractPrompt``."""
-    shared = len(os.path.commonprefix([one, other]))
+    shared = len(shared_start(one, other))
     if marker and (found := one.rfind(marker, 0, shared)) >= 0:
         return found + len(marker)
 
