@@ -67,21 +67,15 @@ def _sampled(run: Run, data: PromptData) -> dict[str, float]:
 
 def _measured(run: Run, data: PromptData) -> dict[str, float]:
     size, meter = run.settings.batch_size, Meter()
-    modules = [module for module in run.policy.model.modules() if module.training]
-    run.policy.model.eval()
-    try:
-        for first in range(0, len(data), size):
-            rows = list(range(first, min(first + size, len(data))))
-            mine = list(share(len(rows), run.accelerator.process_index, run.accelerator.num_processes))
-            batch = run.studio.compare(data.batch(rows, mine), run.algorithm.needs)
-            batch = run.algorithm.prepare(batch, run.score)
-            loss, metrics = run.updater.measure(batch)
-            # Every batch's loss is a mean over its rows already: it counts as often as it has rows.
-            metrics.sums["loss"], metrics.counts["loss"] = loss.double() * len(rows), len(mine)
-            meter.merge(metrics)
-            for name, values in batch.metrics.items():
-                meter.add(name, values)
-    finally:
-        for module in modules:
-            module.training = True
+    for first in range(0, len(data), size):
+        rows = list(range(first, min(first + size, len(data))))
+        mine = list(share(len(rows), run.accelerator.process_index, run.accelerator.num_processes))
+        batch = run.studio.compare(data.batch(rows, mine), run.algorithm.needs)
+        batch = run.algorithm.prepare(batch, run.score)
+        loss, metrics = run.updater.measure(batch)
+        # Every batch's loss is a mean over its rows already: it counts as often as it has rows.
+        metrics.sums["loss"], metrics.counts["loss"] = loss.double() * len(rows), len(mine)
+        meter.merge(metrics)
+        for name, values in batch.metrics.items():
+            meter.add(name, values)
     return {f"eval/{name}": value for name, value in meter.means(run.accelerator).items()}

@@ -243,7 +243,7 @@ def load_policy(
         _add_values(policy, settings, value_model, device, dtype)
     if settings.disable_dropout:
         policy.without_dropout()
-    if settings.lora_r and settings.lora_dropout:
+    if policy.adapter is not None and settings.lora_r and settings.lora_dropout:
         adapters.set_dropout(policy.model, settings.lora_dropout, name=policy.adapter)
     if settings.upcast_norms:
         upcast_norms(policy.model)

@@ -93,7 +93,8 @@ class Studio:
         """Draw n completions of each prompt, in the precision that ``generation_dtype`` asks for."""
         with (
             self.clock.measure("generate"),
-            generation_precision(self.policy.model, self.settings.generation_dtype),
+            self.policy.active() as model,
+            generation_precision(model, self.settings.generation_dtype),
         ):
             self.generator.sync(self.policy)
             return self.generator.generate(prompts.ids, n, replace(self.sampling, greedy=greedy), seeds)
@@ -186,9 +187,9 @@ class Studio:
         """(S,) KL(policy‖reference) over the whole vocabulary at each scored token."""
         if self.reference is None:
             raise ValueError("an exact KL needs a reference")
-        with torch.no_grad():
+        with torch.no_grad(), self.policy.active() as model:
             return full_kl(
-                self.policy.model,
+                model,
                 self.reference.active,
                 sequences,
                 temperature=self.settings.temperature,
@@ -219,20 +220,20 @@ class Studio:
             "extras": needs,
         }
         sequences = sequences.to(self.accelerator.device)
-        with torch.no_grad():
-            if model == "reference" and self.reference is not None and "values" not in needs:
-                with self.reference.active() as module:
-                    return score(module, sequences, **options)
-            if model != "policy":
-                raise ValueError(
-                    f"score(sequences, model): model is 'policy', which alone has values, or 'reference' "
-                    f"(if any), not {model!r}"
-                )
+        if model == "reference" and self.reference is not None and "values" not in needs:
+            with self.reference.active() as module:
+                return score(module, sequences, **options)
+        if model != "policy":
+            raise ValueError(
+                f"score(sequences, model): model is 'policy', which alone has values, or 'reference' "
+                f"(if any), not {model!r}"
+            )
+        with torch.no_grad(), self.policy.active() as module:
             apart = self.policy.value_model if "values" in needs else None
             if apart is not None and not logps:
                 return Scores(torch.empty(0), values=apart.values(sequences, budget))
             head = self.policy.value_head if "values" in needs else None
-            now = score(self.policy.model, sequences, value_head=head, logps=logps, **options)
+            now = score(module, sequences, value_head=head, logps=logps, **options)
             return now if apart is None else replace(now, values=apart.values(sequences, budget))
 
 

@@ -132,7 +132,10 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         meter, exhausted = Meter(), 0.0
         value = torch.zeros((), device=self.accelerator.device)
-        with rng_scope(self.settings.seed, "dropout", self.done, self.accelerator.process_index):
+        with (
+            rng_scope(self.settings.seed, "dropout", self.done, self.accelerator.process_index),
+            self.policy.active(training=True),
+        ):
             try:
                 for part in self.losses(batch, sizes, meter):
                     part.backward()
@@ -157,8 +160,9 @@ class Updater:
         """This process's loss on a batch, (), and its metrics; nothing is trained."""
         sizes = {by: self.count(batch, by) for by in self.algorithm.loss_per}
         meter, value = Meter(), torch.zeros((), device=self.accelerator.device)
-        for part in self.losses(batch, sizes, meter):
-            value += part
+        with self.policy.active():
+            for part in self.losses(batch, sizes, meter):
+                value += part
         return value, meter
 
     def halve(self, batch: Batch) -> None:
