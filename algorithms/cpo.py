@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import relu
@@ -51,7 +51,7 @@ class CPO(Algorithm):
 
     Config = CPOConfig
     eats = "pairs"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-6}
 
     def __init__(self, config: CPOConfig) -> None:
         super().__init__(config)

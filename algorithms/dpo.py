@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -100,7 +100,7 @@ class DPO(Algorithm):
 
     Config = DPOConfig
     eats = "pairs"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-6}
 
     def __init__(self, config: DPOConfig) -> None:
         super().__init__(config)

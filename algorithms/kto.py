@@ -17,7 +17,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -44,7 +44,7 @@ class KTO(Algorithm):
 
     Config = KTOConfig
     eats = "labeled"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-6}
     needs = frozenset({"reference"})
     loss_per = ("sequences",)
 
@@ -52,18 +52,20 @@ class KTO(Algorithm):
         super().__init__(config)
         self.seen = [0.0, 0.0]  # desirable and undesirable rows
         self.told: list[str] = []  # warnings given
-        self.desirable_share = 0.5  # of the batch, for the margin
 
     def prepare(self, batch: Labeled, score: Scorer) -> Labeled:
         """The KL of this batch over all processes, and how its labels are balanced."""
         labels = torch.stack([batch.desirable.sum(), (~batch.desirable).sum()])
         desirable, undesirable = score.total(labels).tolist()
-        self.desirable_share = desirable / max(desirable + undesirable, 1)
         kl = torch.zeros(len(batch), device=batch.desirable.device)
         if self.config.loss_type == "kto":
             kl = kl + self.kl(batch, score)
         metrics = {"kl": kl, "kto/balance": kl.new_tensor([self.balance(desirable, undesirable)])}
-        return replace(batch, kl=kl, metrics=batch.metrics | metrics)
+        batch = replace(batch, kl=kl, metrics=batch.metrics | metrics)
+        if not (desirable and undesirable):
+            return batch
+        rows = desirable + undesirable
+        return replace(batch, contrast=torch.where(batch.desirable, rows / desirable, -rows / undesirable))
 
     def kl(self, batch: Labeled, score: Scorer) -> torch.Tensor:
         """() mean log-ratio of mismatched completions over all processes, at least 0."""
@@ -82,7 +84,7 @@ class KTO(Algorithm):
         c = self.config
         self.seen = [self.seen[0] + desirable, self.seen[1] + undesirable]
         good, bad = (count + 0.5 for count in self.seen)  # finite where one kind is missing
-        ratio = c.desirable_weight * good / (c.undesirable_weight * bad)
+        ratio = float(c.desirable_weight * good / (c.undesirable_weight * bad))
         # Two standard errors of the log-ratio: the first few batches are lopsided by chance alone.
         slack = 2 * math.sqrt(1 / good + 1 / bad)
         low, high = (math.log(bound) for bound in BALANCED)
@@ -109,7 +111,7 @@ class KTO(Algorithm):
         ratio = logps - segment_sum(batch.reference, counts)
         above = c.beta * torch.where(good, ratio - batch.kl, batch.kl - ratio)
         weight = torch.where(good, c.desirable_weight, c.undesirable_weight)
-        logps, rewards, share = logps.detach(), c.beta * ratio.detach(), self.desirable_share
+        logps, rewards = logps.detach(), c.beta * ratio.detach()
         metrics = {
             "rewards/chosen": rewards[good],
             "rewards/rejected": rewards[~good],
@@ -117,8 +119,8 @@ class KTO(Algorithm):
             "logps/chosen": logps[good],
             "logps/rejected": logps[~good],
         }
-        if 0 < share < 1:  # so scaled, the mean over all rows is mean desirable − mean undesirable
-            metrics["rewards/margins"] = rewards * torch.where(good, 1 / share, 1 / (share - 1))
+        if batch.contrast is not None:  # the mean of it is mean desirable − mean undesirable
+            metrics["rewards/margins"] = rewards * batch.contrast
         return Loss({"sequences": weight * (-above).sigmoid()}, metrics)
 
     def state_dict(self) -> dict[str, Any]:

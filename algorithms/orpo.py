@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -41,7 +41,7 @@ class ORPO(Algorithm):
 
     Config = ORPOConfig
     eats = "pairs"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-6}
     loss_per = ("rows", "chosen_tokens")
 
     def size(self, batch: Batch, by: str) -> torch.Tensor:

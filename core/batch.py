@@ -285,7 +285,7 @@ class Pairs(Batch):
         reference: (S,) float32, log-prob under the reference.
         margin: (R,) float32, how much better the chosen one is, where the data says so.
         weights: (R,) float32, what an algorithm's ``prepare`` makes each pair count, detached.
-        anchors: (R,) float32, a number a pair that an algorithm's ``prepare`` took over the whole batch.
+        anchors: (R, K) float32, K numbers a pair that an algorithm's ``prepare`` took over the whole batch.
     """
 
     per_row: ClassVar[int] = 2
@@ -306,12 +306,15 @@ class Labeled(Batch):
             batch, over all processes. Whole batches only; mini-batches do without.
         reference: (S,) float32, log-prob under the reference.
         kl: (N,) float32, KL(policy‖reference) estimate that ``prepare`` took over the whole batch.
+        contrast: (N,) float32, n/n₊ for the n₊ desirable of n rows, −n/n₋ for the others: the mean of
+            contrast · x is the difference of the two means of x.
     """
 
     desirable: Tensor = _layout("sequence")
     mismatched: Sequences | None = None
     reference: Tensor = _layout("token")
     kl: Tensor = _layout("sequence")
+    contrast: Tensor = _layout("sequence")
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def dpo(**values):
 
 
 def loss_of(algorithm, batch, now, whole=None):
-    """The loss as the loop takes it: terms of each kind, summed and divided by the count of the whole batch."""
+    """The loss as the loop takes it: terms of each kind, summed, divided by the count of the whole batch."""
     terms = algorithm.loss(batch, now).terms
     assert set(terms) == set(algorithm.loss_per)
     return sum(t.sum() / algorithm.size(whole or batch, by).clamp(min=1) for by, t in terms.items())
