@@ -87,14 +87,15 @@ class Updater:
         now = score(
             self.policy.model,
             sequences,
-            temperature=self.settings.temperature if self.algorithm.eats == "prompts" else 1.0,
+            temperature=self.settings.temperature,
             entropy="entropy" in needs,
             extras=needs,
             value_head=self.policy.value_head if "values" in needs else None,
             accelerator=self.accelerator,
         )
         if "values" in needs and self.policy.value_model is not None:
-            now = replace(now, values=self.policy.value_model.values(sequences, self.budget))
+            with self.accelerator.autocast():
+                now = replace(now, values=self.policy.value_model.values(sequences, self.budget))
         return now
 
     def __call__(self, batch: Batch) -> Outcome:
@@ -111,15 +112,13 @@ class Updater:
                 break
             self.halve(batch)
         outcome = self.finish(meter, value)
-        self.scheduler.step()
-        self.done += 1
+        self.skip(1)
         return outcome
 
     def skip(self, count: int) -> None:
-        """Pass over mini-batches that are not gone through; the schedule goes on."""
-        for _ in range(count):
-            self.scheduler.step()
+        """Count mini-batches as gone through; the schedule goes on, whether the weights moved or not."""
         self.done += count
+        place_scheduler(self.scheduler, self.done)
 
     def count(self, batch: Batch, by: str) -> float:
         """The count of one loss term over all processes, at least 1."""
@@ -184,7 +183,8 @@ class Updater:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
         loss, means = float(total(self.accelerator, value)), meter.means(self.accelerator)
         verdict = self.algorithm.verdict(means) if means else "skip"
-        if verdict == "step" and not (math.isfinite(loss) and math.isfinite(norm)):
+        broken = verdict == "step" and not (math.isfinite(loss) and math.isfinite(norm))
+        if broken:
             verdict = self.refuse(loss, norm)
         if verdict == "step":
             self.optimizer.step()
@@ -194,6 +194,7 @@ class Updater:
         else:
             meter = Meter()  # the numbers of an exploded mini-batch would hide what the others did
         meter.add("update/skipped", float(verdict != "step"))
+        meter.add("update/nonfinite", float(broken))
         self.optimizer.zero_grad(set_to_none=True)
         return Outcome(verdict, loss, meter)
 

@@ -69,3 +69,83 @@ def tiny_model() -> Callable[..., Any]:
 def tiny_tokenizer() -> Callable[..., Any]:
     """The same for ``build_tokenizer``."""
     return build_tokenizer
+
+
+GRADED = '''
+"""A reward that tells completions apart, and one that remembers."""
+
+
+def graded(completions, answer, **_):
+    return [len(text) / 40 + (str(number) in text) for text, number in zip(completions, answer)]
+
+
+class Remembering:
+    """The mean of all scores so far is the baseline."""
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def __call__(self, completions, answer, **_):
+        scores = graded(completions, answer)
+        self.total, self.count = self.total + sum(scores), self.count + len(scores)
+        return [score - self.total / self.count for score in scores]
+
+    def state_dict(self):
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state):
+        self.total, self.count = state["total"], state["count"]
+'''
+SMALL: dict[str, Any] = {
+    "algo": "ppo",
+    "seed": 3,
+    "max_rows": 12,
+    "max_eval_rows": 4,
+    "max_steps": 6,
+    "batch_size": 8,
+    "num_generations": 1,
+    "num_ppo_epochs": 2,
+    "num_mini_batches": 2,
+    "max_completion_length": 10,
+    "warmup_steps": 3,
+    "lr_scheduler_type": "linear",
+    "logging_steps": 1,
+    "log_completions": 0,
+    "plots": False,
+    "progress": "none",
+    "mixed_precision": "no",
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Options of a PPO run of seconds on the packaged model; keywords change them."""
+    import torch
+
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "graded.py").write_text(GRADED)
+
+    def options(**changes: Any) -> dict[str, Any]:
+        given = {"reward": "./graded.py:graded", "output_dir": str(tmp_path / "run"), **SMALL, **changes}
+        return {name: value for name, value in given.items() if value is not ...}
+
+    return options
+
+
+@pytest.fixture
+def started(small: Callable[..., dict[str, Any]]) -> Any:
+    """Prepares such a run, ready to be driven by hand; it is closed after the test."""
+    from rlx.core.run import prepare
+
+    runs = []
+
+    def start(**changes: Any) -> Any:
+        number = len(runs)
+        run = prepare(**small(**{"output_dir": f"by-hand-{number}", **changes}))
+        runs.append(run)
+        return run
+
+    yield start
+    for run in runs:
+        run.close()
