@@ -17,11 +17,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from rlx.core.batch import Batch, Loss, Rollouts, Scores
+from rlx.core.batch import Loss, Rollouts, Scores
 from rlx.core.errors import ConfigError
 from rlx.core.functional import group_sum, kl_estimate, moments, segment_mean, spread
 from rlx.core.options import opt
@@ -79,7 +79,7 @@ class GRPO(Algorithm):
 
     Config = GRPOConfig
     eats = "prompts"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-6}
 
     def __init__(self, config: GRPOConfig) -> None:
         super().__init__(config)
@@ -133,10 +133,11 @@ class GRPO(Algorithm):
         mask = self.mask(batch)
         return mask if self.config.top_entropy_quantile == 1 else mask & (batch.entropy >= self.threshold)
 
-    def size(self, batch: Batch, by: str) -> torch.Tensor:
+    def size(self, batch: Any, by: str) -> torch.Tensor:
         """Beside the usual counts, ``bonus_tokens``; ``tokens`` are those that count."""
         flags = {"tokens": self.mask, "bonus_tokens": self.chosen}
-        return flags[by](batch).sum().double() if by in flags else batch.size(by)
+        count: torch.Tensor = flags[by](batch).sum().double() if by in flags else batch.size(by)
+        return count
 
     def loss(self, batch: Rollouts, now: Scores) -> Loss:
         """Clipped policy loss and KL of each token, put together as ``loss_type`` says; entropy bonus."""
@@ -195,4 +196,4 @@ def quantile(x: torch.Tensor, q: float) -> float:
         return math.inf
     place = q * (len(x) - 1)
     below, above = x.sort().values[[math.floor(place), math.ceil(place)]].tolist()
-    return below + (place - math.floor(place)) * (above - below)
+    return float(below + (place - math.floor(place)) * (above - below))

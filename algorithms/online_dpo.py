@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -39,7 +39,7 @@ class OnlineDPO(Algorithm):
 
     Config = OnlineDPOConfig
     eats = "prompts"
-    defaults: Mapping[str, Any] = {
+    defaults: ClassVar[Mapping[str, Any]] = {
         "learning_rate": 5e-7,
         "temperature": 0.9,
         "max_completion_length": 64,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.nn.functional import logsigmoid
 
@@ -35,7 +35,7 @@ class RewardModel(Algorithm):
 
     Config = RewardModelConfig
     eats = "pairs"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-4}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-4}
     needs = frozenset({"reward"})
     loss_per = ("rows",)
 

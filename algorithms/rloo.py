@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -55,7 +55,7 @@ class RLOO(Algorithm):
 
     Config = RLOOConfig
     eats = "prompts"
-    defaults: Mapping[str, Any] = {"learning_rate": 1e-6}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-6}
     loss_per = ("sequences",)
 
     def __init__(self, config: RLOOConfig) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from rlx.core.batch import Demonstrations, Loss, Scores
 from rlx.core.options import opt
@@ -36,7 +36,7 @@ class SFT(Algorithm):
 
     Config = SFTConfig
     eats = "demonstrations"
-    defaults: Mapping[str, Any] = {"learning_rate": 2e-5}
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 2e-5}
     needs = frozenset({"entropy", "correct"})
 
     def loss(self, batch: Demonstrations, now: Scores) -> Loss:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlx.core.meter import Meter
 from rlx.core.order import share
@@ -65,7 +65,7 @@ def _sampled(run: Run, data: PromptData) -> dict[str, float]:
     return meter.means(run.accelerator)
 
 
-def _measured(run: Run, data: PromptData) -> dict[str, float]:
+def _measured(run: Run, data: Any) -> dict[str, float]:
     size, meter = run.settings.batch_size, Meter()
     for first in range(0, len(data), size):
         rows = list(range(first, min(first + size, len(data))))

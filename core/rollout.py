@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from rlx.core.batch import Batch, Rollouts, Scores, Sequences
+from rlx.core.batch import Labeled, Pairs, Rollouts, Scores, Sequences
 from rlx.core.errors import DivergedError
 from rlx.core.logprobs import full_kl, score
 from rlx.core.meter import total
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rlx.plugins.contract import Generator
 
 
-B = TypeVar("B", bound=Batch)
+B = TypeVar("B", Pairs, Labeled)
 
 
 class Clock:
@@ -90,11 +90,15 @@ class Studio:
         )
 
     def sample(self, prompts: Prompts, n: int, seeds: Sequence[int], *, greedy: bool = False) -> Completions:
-        """Draw n completions of each prompt, in the precision that ``generation_dtype`` asks for."""
+        """Draw n completions of each prompt, in the precision that ``generation_dtype`` asks for.
+
+        Autocast is that of the update: else the log-probs of sampling would differ from it by rounding.
+        """
         with (
             self.clock.measure("generate"),
             self.policy.active() as model,
             generation_precision(model, self.settings.generation_dtype),
+            self.accelerator.autocast(),
         ):
             self.generator.sync(self.policy)
             return self.generator.generate(prompts.ids, n, replace(self.sampling, greedy=greedy), seeds)
@@ -230,11 +234,15 @@ class Studio:
             )
         with torch.no_grad(), self.policy.active() as module:
             apart = self.policy.value_model if "values" in needs else None
-            if apart is not None and not logps:
-                return Scores(torch.empty(0), values=apart.values(sequences, budget))
             head = self.policy.value_head if "values" in needs else None
-            now = score(module, sequences, value_head=head, logps=logps, **options)
-            return now if apart is None else replace(now, values=apart.values(sequences, budget))
+            if apart is not None and not logps:
+                now = Scores(torch.empty(0))
+            else:
+                now = score(module, sequences, value_head=head, logps=logps, **options)
+            if apart is not None:
+                with self.accelerator.autocast():
+                    now = replace(now, values=apart.values(sequences, budget))
+            return now
 
 
 class RunScorer:
@@ -244,7 +252,7 @@ class RunScorer:
         self.studio = studio
         self.max_completion_length = studio.settings.max_completion_length
         named = () if studio.rewards is None else studio.rewards.rewards
-        self.reward_weights = {reward.name: reward.weight for reward in named}
+        self.reward_weights: Mapping[str, float] = {reward.name: reward.weight for reward in named}
 
     def __call__(self, sequences: Sequences, model: str = "policy", needs: Collection[str] = ()) -> Scores:
         """Log-probs without gradient under ``policy`` or ``reference``, and what else is needed."""

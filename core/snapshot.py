@@ -180,7 +180,7 @@ def _fill(run: Run, folder: Path, ranks: list[dict[str, Any]]) -> None:
         "reference": {} if run.studio.reference is None else run.studio.reference.state_dict(),
         "ranks": ranks,
         "callbacks": {name: callback.state_dict() for name, callback in _stateful(run).items()},
-        "offsets": run.folder.offsets(),
+        "offsets": {} if run.folder is None else run.folder.offsets(),
     }
     (folder / "state").mkdir()
     checkpoint.save_state(folder / "state", state)
