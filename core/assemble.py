@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import manifest, plan
-from rlx.core.data import PromptData, check_data
+from rlx.core.data import check_data
 from rlx.core.errors import ConfigError, RlxError
 from rlx.core.fingerprints import fingerprints
 from rlx.core.folder import RunFolder
@@ -49,8 +49,8 @@ class Checked:
     algorithm: Algorithm
     rewards: RewardRunner | None
     tokenizer: Any
-    data: PromptData
-    eval_data: PromptData | None
+    data: Any  # of the kind that the algorithm eats
+    eval_data: Any
     order: Order
     model_config: Any
     plan: list[str]
@@ -177,6 +177,7 @@ def _with_weights(
     from rlx.core.precompute import precompute_all
     from rlx.core.reference import build_reference
     from rlx.core.rollout import Studio
+    from rlx.core.streams import rng_scope
     from rlx.core.update import Updater
 
     config, algorithm, settings = checked.config, checked.algorithm, checked.config.settings
@@ -185,14 +186,15 @@ def _with_weights(
     model = objects.get("model")
     if model is None:
         model = global_hooks().rlx_load_model(spec=settings)
-    policy = load_policy(
-        settings,
-        accelerator,
-        checked.tokenizer,
-        model,
-        values="values" in algorithm.needs,
-        value_model=objects.get("value_model"),
-    )
+    with rng_scope(settings.seed, "new weights"):  # those of an adapter, say
+        policy = load_policy(
+            settings,
+            accelerator,
+            checked.tokenizer,
+            model,
+            values="values" in algorithm.needs,
+            value_model=objects.get("value_model"),
+        )
     reference = None
     if algorithm.needs & {"reference", "kl"}:
         reference = build_reference(settings, policy, accelerator, objects.get("reference_model"))

@@ -1,4 +1,4 @@
-"""Exact resume: a run that goes on from a checkpoint equals the run that was never interrupted, bit for bit."""
+"""Exact resume: a run that goes on from a checkpoint equals one never interrupted, bit for bit."""
 
 from __future__ import annotations
 
@@ -80,7 +80,12 @@ def resumed(folder: Path, **overrides) -> dict[str, object]:
     return everything(run)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("lora", "data in its order", "no optimizer moments", "everything that has state")
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in VARIANTS]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(variant, small, tmp_path):
     options = small(save_steps=1, save_total_limit=None, **VARIANTS[variant])
     oracle = whole(options)
@@ -101,6 +106,7 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(small):
     assert differing(one, other)
 
 
+@pytest.mark.slow
 def test_fault_r31_a_chain_of_resumes_is_exact(small, tmp_path):
     options = small(save_steps=1, save_total_limit=None, **EVERYTHING)
     oracle = whole(options)
@@ -130,10 +136,11 @@ FORGET = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The state of a checkpoint in the middle, the state at the start, and the folder and result of the run."""
+    """Made by the first test that needs it: a run, its end, and the state at its start."""
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("item", ["weights", "value head", *FORGET])
 def test_each_item_of_the_state_is_needed(item, small, tmp_path, monkeypatch, tmp_path_factory, saved):
     if not saved:

@@ -1,4 +1,4 @@
-"""One mini-batch, one optimizer step: the same gradient for every split, and nothing moves that is not finite."""
+"""One mini-batch, one optimizer step: the same gradient for every split, and all of it finite."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = 8
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    """A run with SGD at rate 1, so that a step is the gradient, and eight prepared rollouts of unequal length."""
+    """A run with SGD at rate 1, so that a step is the gradient, and eight prepared rollouts."""
     from rlx.core.run import prepare
 
     torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def close(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def test_the_step_is_the_gradient_of_the_mean_over_tokens(bench):
-    run, rollouts, start = bench
+    run, rollouts, _ = bench
     put_back(bench)
     parameters = list(run.policy.trainable().values())
     loss = run.algorithm.loss(rollouts, run.updater.score(rollouts.sequences))
@@ -231,7 +231,7 @@ def test_fault_n3_an_infinite_gradient_is_seen_though_the_loss_is_finite(started
     batch = run.prepare(run.roll_out())
     before = state(run)
     handle = next(iter(run.policy.trainable().values())).register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(DivergedError, match="gradient norm (inf|nan)"):
+    with pytest.raises(DivergedError, match=r"gradient norm (inf|nan)"):
         run.update(batch)
     handle.remove()
     assert same(before, state(run))
