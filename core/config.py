@@ -29,7 +29,7 @@ from rlx.core.errors import ConfigError, ErrorGroup, PluginError, RlxError
 from rlx.core.foreign_names import our_name
 from rlx.core.geometry import check_division, join_batch_size, run_folder
 from rlx.core.options import build, close, options
-from rlx.core.settings import EMBEDDED, PLAYGROUND, Settings
+from rlx.core.settings import EMBEDDED, PLAYGROUND, READ_BY, Settings
 from rlx.core.text import redact, safe_text
 from rlx.plugins.references import resolve
 
@@ -112,6 +112,7 @@ class Draft:
         self.problems: list[RlxError] = []
         self.core = options(Settings)
         self.own: dict[str, Any] = {}
+        self.eats = ""  # what the algorithm eats, once it is found
         self.defaults: dict[str, tuple[Any, str]] = {}  # option → value, source
 
     @contextmanager
@@ -144,6 +145,7 @@ class Draft:
         assert settings is not None and found is not None  # else there was a problem
         name = short_name("algorithm", ref)
         self.check_rewards(name, found, settings)
+        self.check_data_options(name, found, settings)
         check_division(found, config, settings, self.where)
         return RunConfig(
             settings,
@@ -174,7 +176,7 @@ class Draft:
         ref = str(ref) if isinstance(ref, str) else ref
         try:
             found = resolve("algorithm", ref)
-            name = short_name("algorithm", ref)
+            name, self.eats = short_name("algorithm", ref), found.eats
             self.own = options(config_class(found, f"algorithm {name}"))
             shared = sorted(set(self.own) & set(self.core))
             if shared:
@@ -240,9 +242,10 @@ class Draft:
 
     def refuse_unknown(self) -> None:
         """Every option that nobody has, with the name that was perhaps meant."""
-        known = [*self.core, *self.own]
+        unread = {name for name, eats in READ_BY.items() if self.eats and self.eats not in eats}
+        known = [*(name for name in self.core if name not in unread), *self.own]
         for name in self.given:
-            if name in known or "." in name:
+            if name in known or name in self.core or "." in name:
                 continue
             ours = our_name(name, known)
             if not self.own and not ours and not close(name, list(self.core)):
@@ -316,6 +319,26 @@ class Draft:
                 code="E-CONFIG-MISSING",
                 hint=f"rlx run --algo {name} --reward exact_match",
             )
+
+    def check_data_options(self, name: str, found: Any, settings: Settings) -> None:
+        """An option that says how to read data of another kind is a mistake, not to be passed over."""
+        problems: list[RlxError] = [
+            ConfigError(
+                f"{option} is an option for {' and '.join(eats)}; {name} eats {found.eats}",
+                code="E-CONFIG-CONFLICT",
+                where=self.where.get(option, ""),
+                got=f"{option}: {getattr(settings, option)}",
+                hint="leave it out"
+                + (", or --max-prompt-length" if option == "max_length" else "")
+                + (", or --max-length" if option == "max_prompt_length" else ""),
+            )
+            for option, eats in READ_BY.items()
+            # A config that was written out names every option.
+            if option in self.given and found.eats not in eats
+            if getattr(settings, option) != self.default(option)
+        ]
+        self.problems += problems
+        self.stop_if_wrong()
 
     def sources(self) -> dict[str, str]:
         """Where each option's value came from."""

@@ -57,7 +57,6 @@ FOREIGN_NAMES: dict[str, tuple[str, ...]] = {
     "sequence_len": ("max_length", "max_prompt_length"),
     "max_seq_length": ("max_length", "max_prompt_length"),
     "max_seq_len": ("max_length", "max_prompt_length"),
-    "max_length": ("max_prompt_length",),
     "dataset_shuffle": ("shuffle",),
     # sampling
     "max_new_tokens": ("max_completion_length",),

@@ -15,6 +15,19 @@ from rlx.core.options import opt
 EMBEDDED = "tiny"  # the model that ships inside the package
 PLAYGROUND = "wordmath"  # the data set that is generated in code
 
+# Options that only algorithms read that eat one of these (``Algorithm.eats``).
+OFFLINE = ("pairs", "labeled", "demonstrations")
+READ_BY = {
+    "max_prompt_length": ("prompts",),
+    "prompt_overflow": ("prompts",),
+    "max_length": OFFLINE,
+    "truncation_mode": OFFLINE,
+    "packing": ("demonstrations",),
+    "packing_strategy": ("demonstrations",),
+    "completion_only_loss": ("demonstrations",),
+    "assistant_only_loss": ("demonstrations",),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:

@@ -47,7 +47,7 @@ class Sum(Algorithm):
         parts: int = opt(1, "mini-batches", gt=0)
         loud: bool = opt(False, "a switch")
         names: list[str] = opt([], "names")
-        max_length: int = opt(64, "longest sequence", gt=0)
+        max_seconds: int = opt(64, "longest step", gt=0)
 
         def __post_init__(self) -> None:
             if self.parts > 1 and self.beta > 1:
@@ -577,15 +577,28 @@ algo reward reward_weight reward_on_error reward_error_value transform callback 
 strict_plugins model model_revision tokenizer trust_remote_code dtype attn_implementation reference_model
 reference_adapter value_model value_learning_rate gradient_checkpointing upcast_norms generation_dtype
 disable_dropout lora_r lora_alpha lora_dropout lora_target_modules adapter dataset dataset_config
-dataset_split eval_dataset columns system_prompt chat_template precompute_ref_log_probs max_prompt_length prompt_overflow on_bad_row
-max_bad_rows max_rows max_eval_rows shuffle max_completion_length temperature top_p top_k min_p
+dataset_split eval_dataset columns system_prompt chat_template precompute_ref_log_probs max_prompt_length
+prompt_overflow max_length truncation_mode packing packing_strategy completion_only_loss assistant_only_loss
+on_bad_row max_bad_rows max_rows max_eval_rows shuffle max_completion_length temperature top_p top_k min_p
 repetition_penalty stop_strings generation_batch_size recompute_logps learning_rate batch_size
-per_device_train_batch_size gradient_accumulation_steps max_tokens_per_micro_batch max_steps
-num_train_epochs lr_scheduler_type warmup_steps warmup_ratio optim adam_beta1 adam_beta2 adam_epsilon
-weight_decay max_grad_norm nonfinite mixed_precision seed output_dir overwrite_output_dir logging_steps
-eval_steps save_steps save_total_limit log_completions report_to plots progress
+per_device_train_batch_size gradient_accumulation_steps max_tokens_per_micro_batch max_steps num_train_epochs
+lr_scheduler_type warmup_steps warmup_ratio optim adam_beta1 adam_beta2 adam_epsilon weight_decay
+max_grad_norm nonfinite mixed_precision seed output_dir overwrite_output_dir logging_steps eval_steps
+save_steps save_total_limit log_completions report_to plots progress
 """.split()
 
 
 def test_core_flags_are_frozen():
     assert list(options(Settings)) == CORE_FLAGS
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("max_length", 77), ("packing", True), ("assistant_only_loss", True)]
+)
+def test_an_option_for_other_data_is_refused(option, value):
+    [problem] = problems({**BASE, option: value}, {option: "c.yaml:2:1"})
+    assert problem.what.startswith(f"{option} is an option for ")
+    assert problem.what.endswith(" eats prompts") and problem.where == "c.yaml:2:1"
+    # A config that was written out names every option with its default.
+    default = options(Settings)[option].default
+    assert getattr(from_mapping({**BASE, option: default}).settings, option) == default
