@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlx.core import manifest
+from rlx.core import snapshot
 from rlx.core.evaluate import evaluate
 from rlx.core.meter import Meter, total
 from rlx.core.order import Order, share
 from rlx.core.rollout import RunScorer, Studio
+from rlx.core.session import close, session
 from rlx.core.streams import generator
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from rlx.core.batch import Batch, Rollouts, Sequences
     from rlx.core.config import RunConfig
-    from rlx.core.data import PromptData
     from rlx.core.folder import RunFolder
     from rlx.core.models import Policy
     from rlx.core.update import Updater
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 @dataclass
 class Run:
     """A training run, driven by ``rlx.run`` or by hand: ``for metrics in run``, ``run.step()``.
+
+    ``with`` makes a run driven by hand begin and end as ``rlx.run`` does: events, final policy, ``close``.
 
     Attributes:
         config: the resolved configuration.
@@ -73,8 +75,8 @@ class Run:
     algorithm: Algorithm
     studio: Studio
     updater: Updater
-    data: PromptData
-    eval_data: PromptData | None
+    data: Any  # rlx.core.data.Data, or preference data with its reference log-probs
+    eval_data: Any
     order: Order
     events: Events
     folder: RunFolder | None
@@ -119,12 +121,7 @@ class Run:
             status: ``finished``, ``interrupted`` or ``failed``.
             exit_code: what the command line will exit with.
         """
-        self.studio.generator.close()
-        if self.folder is not None:
-            manifest.finish(
-                self.folder, status, seconds=time.perf_counter() - self.began, exit_code=exit_code
-            )
-            self.folder.close()
+        close(self, status, exit_code)
 
     def say(self, line: str) -> None:
         """Print a line, on the main process only."""
@@ -134,6 +131,17 @@ class Run:
     def stop(self) -> None:
         """End the run after this step, as if it were the last."""
         self.stopping = True
+
+    def save(self) -> Path | None:
+        """Write a checkpoint, between two steps; see ``rlx.core.snapshot.save``."""
+        return snapshot.save(self)
+
+    def __enter__(self) -> Run:
+        self._session = session(self)
+        return self._session.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._session.__exit__(*error)
 
     def __iter__(self) -> Iterator[dict[str, float]]:
         while self.global_step < self.total_steps and not self.stopping:
@@ -173,7 +181,8 @@ class Run:
 
     def collate(self) -> Batch:
         """The batch of the next step of an algorithm that does not sample, reference log-probs measured."""
-        return self.studio.compare(self.data.batch(*self.next_rows()), self.algorithm.needs)
+        batch: Batch = self.studio.compare(self.data.batch(*self.next_rows()), self.algorithm.needs)
+        return batch
 
     def next_rows(self) -> tuple[list[int], list[int]]:
         """Row numbers of the next batch over all processes, and the places in it that are this process's."""
@@ -272,7 +281,7 @@ class Run:
             self.meter.add(name, seconds)
         metrics = self.meter.means(self.accelerator)
         metrics |= {
-            "learning_rate": self.updater.scheduler.get_last_lr()[0],
+            "learning_rate": float(self.updater.scheduler.get_last_lr()[0]),
             "tokens": float(self.tokens),
             "tokens_per_second": (self.tokens - self.tokens_since) / max(now - self.since, 1e-9),
         }

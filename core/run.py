@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,13 @@ from rlx.core import checkpoint, snapshot
 from rlx.core.assemble import assemble, begin
 from rlx.core.assemble import dry_run as check_only
 from rlx.core.config import RunConfig, from_mapping
-from rlx.core.errors import CheckpointError, ConfigError, Interrupted, RlxError, SaveError
+from rlx.core.errors import CheckpointError, ConfigError, Interrupted, SaveError
 from rlx.core.evaluate import evaluate
 from rlx.core.files import JsonLines
 from rlx.core.fingerprints import ACCEPTED
 from rlx.core.folder import COMPLETIONS, METRICS, RunFolder, read_manifest
+from rlx.core.session import session
 from rlx.core.signals import Signals
-from rlx.core.text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,7 +54,7 @@ class Result:
 
 
 def prepare(config: RunConfig | None = None, **options: Any) -> Run:
-    """A run that is ready to be driven by hand: ``for metrics in run``, ``run.step()``.
+    """A run that is ready to be driven by hand: ``for metrics in run``, ``run.step()``; best in a ``with``.
 
     Args:
         config: a resolved configuration, or
@@ -182,33 +181,15 @@ def train(run: Run) -> Result:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
         RlxError: or whatever else stopped it, after the callbacks were told.
     """
-    signals, status, code = Signals(), "failed", 1
-    try:
-        with signals.caught():
-            run.events.emit("on_run_start", run=run)
-            if run.global_step == 0:
-                before = evaluate(run)
-                if before:
-                    run.log(before)
-            elif run.reported < run.global_step:  # the evaluation after the last step had failed
-                run.report()
-            _walk(run, signals)
-            _keep(run)
-        status, code = "finished", 0
-    except BaseException as raised:
-        error = _at_once(run, signals) if isinstance(raised, KeyboardInterrupt) else raised
-        code = error.exit_code if isinstance(error, RlxError) else 1
-        status = "interrupted" if code in (130, 143) else "failed"
-        _rescue(run, error)
-        _tell(run, error, "on_error", error=error)
-        _tell(run, error, "on_run_end")
-        if error is raised:
-            raise
-        raise error from None
-    else:
-        run.events.emit("on_run_end", run=run)
-    finally:
-        run.close(status, code)
+    signals = Signals()
+    with signals.caught(), session(run, signals):
+        if run.global_step == 0:
+            before = evaluate(run)
+            if before:
+                run.log(before)
+        elif run.reported < run.global_step:  # the evaluation after the last step had failed
+            run.report()
+        _walk(run, signals)
     completions = run.folder.read_completions() if run.folder is not None else []
     return Result(run.metrics_history, completions, run.policy, run.path, run.plan)
 
@@ -234,48 +215,3 @@ def _walk(run: Run, signals: Signals) -> None:
                 where=str(run.path / f"checkpoint-{run.global_step}"),
                 hint=f"rlx resume {shlex.quote(str(run.path))}",
             )
-
-
-def _at_once(run: Run, signals: Signals) -> Interrupted:
-    """What a second signal makes of a run: it ends without a further checkpoint."""
-    newest, _ = checkpoint.newest(run.path)
-    return Interrupted(
-        f"stopped at once in step {run.global_step + 1} of {run.total_steps}; "
-        + (f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint"),
-        signum=signals.received or signal.SIGINT,
-        where=str(newest or run.path),
-        hint=f"rlx resume {shlex.quote(str(run.path))}" if newest else "",
-    )
-
-
-def _keep(run: Run) -> None:
-    """Write the final policy to the root of the run folder."""
-    if run.folder is not None:
-        run.folder.publish(run.policy.save_pretrained)
-        run.events.emit("on_save", run=run, path=run.path)
-    run.accelerator.wait_for_everyone()
-
-
-def _tell(run: Run, error: BaseException, event: str, /, **given: Any) -> None:
-    """Tell the callbacks of a failure; one that fails in turn must not hide what stopped the run."""
-    try:
-        run.events.emit(event, run=run, **given)
-    except Exception as another:
-        error.add_note(f"in {event}, a callback failed too: {type(another).__name__}: {safe_text(another)}")
-
-
-def _rescue(run: Run, error: BaseException) -> None:
-    """After a failure between two steps, or before the first optimizer step of one, nothing need be lost."""
-    done = run.global_step > 0 and not (run.path / f"checkpoint-{run.global_step}").exists()
-    if (
-        isinstance(error, Interrupted | SaveError)
-        or not (run.boundary and done)
-        or run.accelerator.num_processes > 1
-    ):
-        return
-    try:
-        path = snapshot.save(run)
-    except RlxError as failure:
-        run.say(f"no checkpoint could be saved: {failure.what}")
-    else:
-        run.say(f"the last whole step is saved in {path}; go on with: rlx resume {run.path}")

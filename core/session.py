@@ -1,0 +1,107 @@
+"""What stands around the steps of a run: its first and last events, its end, what a failure leaves behind."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rlx.core import checkpoint, manifest, snapshot
+from rlx.core.errors import Interrupted, RlxError, SaveError
+from rlx.core.text import safe_text
+
+if TYPE_CHECKING:
+    from rlx.core.loop import Run
+    from rlx.core.signals import Signals
+
+
+@contextmanager
+def session(run: Run, signals: Signals | None = None) -> Iterator[Run]:
+    """Within it a run is driven; at its end the final policy is written and the run closed.
+
+    Args:
+        run: prepared, or reopened.
+        signals: where those that are caught arrive.
+
+    Raises:
+        Interrupted: a KeyboardInterrupt came.
+        BaseException: whatever else is raised inside, after the callbacks were told.
+    """
+    status, code = "failed", 1
+    try:
+        run.events.emit("on_run_start", run=run)
+        yield run
+        _keep(run)
+        status, code = "finished", 0
+    except BaseException as raised:
+        interrupted = isinstance(raised, KeyboardInterrupt)
+        if signals is None or not interrupted:  # the second signal to a run that catches them ends it at once
+            _rescue(run, raised)
+        error = _at_once(run, signals) if interrupted else raised
+        code = error.exit_code if isinstance(error, RlxError) else 1
+        status = "interrupted" if code in (130, 143) else "failed"
+        _tell(run, error, "on_error", error=error)
+        _tell(run, error, "on_run_end")
+        if error is raised:
+            raise
+        raise error from None
+    else:
+        run.events.emit("on_run_end", run=run)
+    finally:
+        close(run, status, code)
+
+
+def close(run: Run, status: str, exit_code: int) -> None:
+    """Give back the folder and what the generator holds; the manifest says how the run ended."""
+    run.studio.generator.close()
+    if run.folder is not None:
+        manifest.finish(run.folder, status, seconds=time.perf_counter() - run.began, exit_code=exit_code)
+        run.folder.close()
+
+
+def _at_once(run: Run, signals: Signals | None) -> Interrupted:
+    """What a second signal makes of a run: it ends without a further checkpoint."""
+    newest, _ = checkpoint.newest(run.path)
+    return Interrupted(
+        f"stopped at once in step {run.global_step + 1} of {run.total_steps}; "
+        + (f"{newest.name} is the last checkpoint" if newest else "there is no checkpoint"),
+        signum=(signals and signals.received) or signal.SIGINT,
+        where=str(newest or run.path),
+        hint=f"rlx resume {shlex.quote(str(run.path))}" if newest else "",
+    )
+
+
+def _keep(run: Run) -> None:
+    """Write the final policy to the root of the run folder."""
+    if run.folder is not None:
+        run.folder.publish(run.policy.save_pretrained)
+        run.events.emit("on_save", run=run, path=run.path)
+    run.accelerator.wait_for_everyone()
+
+
+def _tell(run: Run, error: BaseException, event: str, /, **given: Any) -> None:
+    """Tell the callbacks of a failure; one that fails in turn must not hide what stopped the run."""
+    try:
+        run.events.emit(event, run=run, **given)
+    except Exception as another:
+        error.add_note(f"in {event}, a callback failed too: {type(another).__name__}: {safe_text(another)}")
+
+
+def _rescue(run: Run, error: BaseException) -> None:
+    """After a failure between two steps, or before the first optimizer step of one, nothing need be lost."""
+    done = run.global_step > 0 and not (run.path / f"checkpoint-{run.global_step}").exists()
+    if (
+        isinstance(error, Interrupted | SaveError)
+        or not (run.boundary and done)
+        or run.accelerator.num_processes > 1
+    ):
+        return
+    try:
+        path = snapshot.save(run)
+    except RlxError as failure:
+        run.say(f"no checkpoint could be saved: {failure.what}")
+    else:
+        run.say(f"the last whole step is saved in {path}; go on with: rlx resume {run.path}")

@@ -1,0 +1,100 @@
+"""Runs driven by hand inside ``with``: they begin and end as ``rlx.run`` does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import rlx
+from rlx.core import checkpoint
+
+
+class Listening:
+    """Writes down the events that stand around the steps."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    @rlx.hookimpl
+    def on_run_start(self) -> None:
+        self.heard.append("start")
+
+    @rlx.hookimpl
+    def on_step_end(self) -> None:
+        self.heard.append("step")
+
+    @rlx.hookimpl
+    def on_save(self, path: Path) -> None:
+        self.heard.append(f"save {path.name}")
+
+    @rlx.hookimpl
+    def on_error(self, error: BaseException) -> None:
+        self.heard.append(type(error).__name__)
+
+    @rlx.hookimpl
+    def on_run_end(self) -> None:
+        self.heard.append("end")
+
+
+def prepare(folder: Path, listening: Listening) -> Any:
+    return rlx.prepare(
+        reward="length",
+        max_steps=2,
+        batch_size=2,
+        max_completion_length=4,
+        max_rows=8,
+        max_eval_rows=2,
+        num_ppo_epochs=1,
+        progress="none",
+        plots=False,
+        callback=[listening],
+        output_dir=str(folder),
+    )
+
+
+def ended(folder: Path) -> tuple[str, int]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return manifest["status"], manifest["exit"]
+
+
+def test_a_run_in_a_with_block_is_told_saved_and_closed(tmp_path):
+    listening, folder = Listening(), tmp_path / "run"
+    with prepare(folder, listening) as run:
+        for _ in run:
+            pass
+        saved = run.save()
+    assert listening.heard == ["start", "step", "step", "save checkpoint-2", "save run", "end"]
+    assert ended(folder) == ("finished", 0)
+    assert saved == folder / "checkpoint-2" and checkpoint.verify(saved) is None
+    assert (folder / "model.safetensors").is_file() and (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen", "ending"),
+    [
+        (KeyError("mine"), KeyError, ("failed", 1)),
+        (KeyboardInterrupt(), rlx.Interrupted, ("interrupted", 130)),
+    ],
+    ids=["error", "interrupt"],
+)
+def test_what_fails_in_a_with_block_leaves_a_checkpoint_and_says_so(raised, seen, ending, tmp_path):
+    listening, folder = Listening(), tmp_path / "run"
+    with pytest.raises(seen), prepare(folder, listening) as run:
+        run.step()
+        raise raised
+    assert ended(folder) == ending
+    assert listening.heard == ["start", "step", "save checkpoint-1", seen.__name__, "end"]
+    assert checkpoint.verify(folder / "checkpoint-1") is None
+
+
+def test_a_run_that_is_only_closed_leaves_its_folder_to_others(tmp_path):
+    run = prepare(tmp_path / "run", Listening())
+    run.step()
+    run.close()
+    run.close()
+    assert ended(tmp_path / "run") == ("finished", 0)
+    with pytest.raises(rlx.ConfigError, match="already contains a run"):
+        prepare(tmp_path / "run", Listening())
