@@ -75,7 +75,8 @@ def read_rows(
     """The rows of a data set.
 
     Args:
-        source: a registered name or reference (``wordmath``, ``my_pkg:MyData``); a file or folder; a hub id;
+        source: a list of mappings with ``fraction``, each a data set of which that share of rows is used;
+            a registered name or reference (``wordmath``, ``my_pkg:MyData``); a file or folder; a hub id;
             a mapping ``{name: …, split: …, config: …}`` of one of these, with further options of a registered
             data set; a list of dicts; an object with ``rows(split)``; a ``datasets`` object.
         split: split of a registered, hub or saved data set, or of a folder with files named by split.
@@ -86,6 +87,8 @@ def read_rows(
     Raises:
         DataError: missing, unreadable, malformed, or no rows.
     """
+    if _is_mixture(source):
+        return _mixed(source, split, limit, eats)
     options: dict[str, Any] = {}
     if isinstance(source, Mapping) and isinstance(source.get("name"), str):
         options = {key: value for key, value in source.items() if key not in ("name", "split", "config")}
@@ -100,6 +103,36 @@ def read_rows(
             f"{table.name} has no rows", code="E-DATA-EMPTY", got="0 rows", expected="at least one row"
         )
     return table
+
+
+def _is_mixture(source: Any) -> bool:
+    """Whether this is a list of data sets, not of rows: each names one, and how much of it is used."""
+    return (
+        isinstance(source, list)
+        and bool(source)
+        and all(isinstance(one, Mapping) and {"name", "fraction"} <= one.keys() for one in source)
+    )
+
+
+def _mixed(parts: list[Mapping[str, Any]], split: str, limit: int | None, eats: str) -> Table:
+    """The rows of several data sets, of each the share that is asked for, evenly spaced."""
+    rows, places = [], []
+    for part in parts:
+        share = part["fraction"]
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise DataError(
+                f"fraction of {safe_text(part['name'], 80)} is no share of its rows",
+                code="E-DATA-OPTIONS",
+                got=safe_text(share, 40),
+                expected="a number over 0, at most 1",
+            )
+        rest = {key: value for key, value in part.items() if key != "fraction"}
+        table = read_rows(rest, split=split, eats=eats)
+        for number in range(max(1, round(len(table) * share))):
+            taken = int(number / share)
+            rows.append(table.rows[taken])
+            places.append(f"{table.name}, {table.place(taken)}")
+    return Table(rows[:limit], " + ".join(safe_text(part["name"], 60) for part in parts), places[:limit])
 
 
 def _named(

@@ -30,16 +30,35 @@ COMPONENTS = {
         "repetition": ("rlx.rewards.repetition:Repetition", "penalty for repeated n-grams"),
     },
     "transform": {
+        "alpaca_to_messages": (
+            "rlx.plugins.transforms.columns:AlpacaMessages",
+            "Alpaca's instruction, input and output as messages",
+        ),
         "column_map": ("rlx.plugins.transforms.columns:ColumnMap", "copies columns under other names"),
         "conversation_prompt": (
             "rlx.plugins.transforms.chat:ConversationPrompt",
             "a dialogue up to its last user turn as the prompt",
         ),
+        "extract_prompt": (
+            "rlx.plugins.transforms.preference:ExtractPrompt",
+            "the prompt that the dialogues chosen and rejected begin with",
+        ),
+        "filter": ("rlx.plugins.transforms.selection:Filter", "rows whose column meets conditions"),
         "drop_duplicates": ("rlx.plugins.transforms.columns:DropDuplicates", "one row of each prompt"),
         "instruction_prompt": (
             "rlx.plugins.transforms.columns:InstructionPrompt",
             "Alpaca's instruction and input as the prompt",
         ),
+        "sharegpt_to_messages": (
+            "rlx.plugins.transforms.chat:ShareGPTMessages",
+            "ShareGPT's conversations as messages",
+        ),
+        "split_conversation": (
+            "rlx.plugins.transforms.chat:SplitConversation",
+            "a dialogue as prompt and completion, cut after its last user turn",
+        ),
+        "truncate": ("rlx.plugins.transforms.selection:Truncate", "cuts a column of text to a few tokens"),
+        "unpair": ("rlx.plugins.transforms.preference:Unpair", "pairs as single labelled completions"),
     },
     "callback": {
         "rich_progress": (

@@ -100,6 +100,25 @@ class InstructionPrompt(Transform):
         return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else str(row["instruction"])
 
 
+class AlpacaMessages(Transform):
+    """Alpaca's ``instruction``, ``input`` and ``output`` as ``messages`` of a user and an assistant turn."""
+
+    takes = frozenset({"instruction", "output"})
+    gives = frozenset({"messages"})
+
+    def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
+        """Rows with ``messages``."""
+        prompts = InstructionPrompt(InstructionPrompt.Config())(rows)
+        out = []
+        for row in prompts:
+            if not isinstance(row.get("output"), str):
+                raise BadRow(f"output is {type(row.get('output')).__name__}, not text")
+            user = {"role": "user", "content": row["prompt"]}
+            rest = {name: value for name, value in row.items() if name != "prompt"}
+            out.append({**rest, "messages": [user, {"role": "assistant", "content": row["output"]}]})
+        return out
+
+
 class DropDuplicates(Transform):
     """Keeps the first row of each prompt."""
 
