@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import relu
+from torch.nn import functional as F
 
 from rlx.core.batch import Batch, Loss, Pairs, Scores
 from rlx.core.functional import segment_mean, segment_sum
@@ -69,7 +69,7 @@ class CPO(Algorithm):
         chosen, rejected = sides(power(logps, -c.alpha))
         delta = chosen - rejected
         if c.loss_type == "hinge":
-            terms = relu(1 - c.beta * delta)
+            terms = F.relu(1 - c.beta * delta)
         elif c.loss_type == "ipo":
             terms = (delta - 1 / (2 * c.beta)).square()
         else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn import functional as F
 
 from rlx.core.batch import Loss, Pairs, Rollouts, Scores
 from rlx.core.functional import segment_sum
@@ -69,7 +69,7 @@ class OnlineDPO(Algorithm):
         logps, reference = (segment_sum(x, counts) for x in (now.logps, batch.reference))
         chosen, rejected = sides(logps - reference)
         delta = chosen - rejected
-        loss = -logsigmoid(beta * delta)
+        loss = -F.logsigmoid(beta * delta)
         if self.config.loss_type == "ipo":
             loss = (delta - 1 / (2 * beta)).square()
         metrics = comparison_metrics(beta * chosen, beta * rejected)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import logsigmoid
+from torch.nn import functional as F
 
 from rlx.core.batch import Batch, Loss, Pairs, Scores, Sequences
 from rlx.core.functional import segment_mean
@@ -67,7 +67,7 @@ class ORPO(Algorithm):
         chosen, rejected = sides(segment_mean(now.logps[answer], counts))
         both = counts.view(-1, 2).amin(dim=1) > 0
         log_odds = (chosen - rejected - log1mexp(chosen) + log1mexp(rejected))[both]
-        odds = -beta * logsigmoid(log_odds)
+        odds = -beta * F.logsigmoid(log_odds)
         nll = -of_chosen(now.logps, sequences.counts)
         metrics = comparison_metrics(beta * chosen, beta * rejected) | {
             "logps/chosen": chosen.detach(),

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch.nn.functional import logsigmoid
+from torch.nn import functional as F
 
 from rlx.core.batch import Loss, Pairs, Scores
 from rlx.core.options import opt
@@ -43,7 +43,7 @@ class RewardModel(Algorithm):
         """−log σ(chosen − rejected − margin) + coefficient·(chosen + rejected)², a term a pair."""
         chosen, rejected = sides(now.reward)
         margin = 0.0 if batch.margin is None else batch.margin
-        terms = -logsigmoid(chosen - rejected - margin)
+        terms = -F.logsigmoid(chosen - rejected - margin)
         if self.config.center_rewards_coefficient is not None:
             terms = terms + self.config.center_rewards_coefficient * (chosen + rejected).square()
         scores = now.reward.detach()

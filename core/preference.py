@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed
-from torch.nn.functional import logsigmoid, relu
+from torch.nn import functional as F
 
 from rlx.core.functional import segment_mean, spread
 
@@ -72,7 +72,7 @@ def f_score(ratio: Tensor, kind: str = "reverse_kl", alpha: float = 0.5) -> Tens
     Source: arXiv:2309.16240
     """
     if kind == "js_divergence":
-        return 0.6931471805599453 + logsigmoid(ratio)
+        return 0.6931471805599453 + F.logsigmoid(ratio)
     exponents = {"reverse_kl": 0.0, "forward_kl": -1.0, "alpha_divergence": alpha - 1}
     if kind not in exponents:
         raise ValueError(f"f-divergence must be one of {', '.join(F_DIVERGENCES)}, not {kind!r}")
@@ -81,8 +81,8 @@ def f_score(ratio: Tensor, kind: str = "reverse_kl", alpha: float = 0.5) -> Tens
 
 def smoothed(logits: Tensor, smoothing: float) -> Tensor:
     """−(1−ε) log σ(x) − ε log σ(−x), any shape: logistic loss, a label being wrong with probability ε."""
-    loss = -(1 - smoothing) * logsigmoid(logits)
-    return loss - smoothing * logsigmoid(-logits) if smoothing else loss
+    loss = -(1 - smoothing) * F.logsigmoid(logits)
+    return loss - smoothing * F.logsigmoid(-logits) if smoothing else loss
 
 
 @dataclass(frozen=True)
@@ -111,20 +111,20 @@ class Comparison:
 def _exo(c: Comparison) -> Tensor:
     """KL of (σ(βΔ), σ(−βΔ)) from (1−ε, ε)."""
     x, epsilon = c.beta * c.delta, torch.tensor(c.smoothing, dtype=c.delta.dtype, device=c.delta.device)
-    better = x.sigmoid() * (logsigmoid(x) - (-epsilon).log1p())
-    return better + (-x).sigmoid() * (logsigmoid(-x) - epsilon.log())
+    better = x.sigmoid() * (F.logsigmoid(x) - (-epsilon).log1p())
+    return better + (-x).sigmoid() * (F.logsigmoid(-x) - epsilon.log())
 
 
 def _robust(c: Comparison) -> Tensor:
     """The logistic loss, unbiased although labels are flipped with probability ε."""
     x, epsilon = c.beta * c.delta, c.smoothing
-    return (epsilon * logsigmoid(-x) - (1 - epsilon) * logsigmoid(x)) / (1 - 2 * epsilon)
+    return (epsilon * F.logsigmoid(-x) - (1 - epsilon) * F.logsigmoid(x)) / (1 - 2 * epsilon)
 
 
 def _discopop(c: Comparison) -> Tensor:
     """Logistic loss (1−m) + exponential loss m, with m = σ(βΔ/τ); in logs, so that no 0·∞ arises."""
     x = c.beta * c.delta
-    return -logsigmoid(x) * (-x / c.tau).sigmoid() + (logsigmoid(x / c.tau) - x).exp()
+    return -F.logsigmoid(x) * (-x / c.tau).sigmoid() + (F.logsigmoid(x / c.tau) - x).exp()
 
 
 # Sources: sigmoid arXiv:2305.18290 eq. 7; hinge arXiv:2305.10425; ipo arXiv:2310.12036 eq. 17, per token as
@@ -132,21 +132,21 @@ def _discopop(c: Comparison) -> Tensor:
 # bco_pair arXiv:2404.04656 without its running mean; sppo_hard arXiv:2405.00675 eq. 4.7; apo_zero, apo_down
 # arXiv:2408.06266 eq. 7, 8; discopop arXiv:2406.08414 eq. 5; sigmoid_norm arXiv:2411.15124.
 PAIR_LOSSES: dict[str, Callable[[Comparison], Tensor]] = {
-    "sigmoid": lambda c: -logsigmoid(c.beta * c.delta),
-    "hinge": lambda c: relu(1 - c.beta * c.delta),
+    "sigmoid": lambda c: -F.logsigmoid(c.beta * c.delta),
+    "hinge": lambda c: F.relu(1 - c.beta * c.delta),
     "ipo": lambda c: (c.mean_delta - 1 / (2 * c.beta)).square(),
     "exo_pair": _exo,
     "nca_pair": lambda c: (
-        -logsigmoid(c.beta * c.chosen)
-        - (logsigmoid(-c.beta * c.chosen) + logsigmoid(-c.beta * c.rejected)) / 2
+        -F.logsigmoid(c.beta * c.chosen)
+        - (F.logsigmoid(-c.beta * c.chosen) + F.logsigmoid(-c.beta * c.rejected)) / 2
     ),
     "robust": _robust,
-    "bco_pair": lambda c: -logsigmoid(c.beta * c.chosen) - logsigmoid(-c.beta * c.rejected),
+    "bco_pair": lambda c: -F.logsigmoid(c.beta * c.chosen) - F.logsigmoid(-c.beta * c.rejected),
     "sppo_hard": lambda c: (c.chosen - 1 / (2 * c.beta)).square() + (c.rejected + 1 / (2 * c.beta)).square(),
     "apo_zero": lambda c: (-c.beta * c.chosen).sigmoid() + (c.beta * c.rejected).sigmoid(),
     "apo_down": lambda c: (c.beta * c.chosen).sigmoid() + (c.beta * (c.rejected - c.chosen)).sigmoid(),
     "discopop": _discopop,
-    "sigmoid_norm": lambda c: -logsigmoid(c.beta * c.mean_delta),
+    "sigmoid_norm": lambda c: -F.logsigmoid(c.beta * c.mean_delta),
 }
 
 
@@ -298,9 +298,8 @@ def sorted_loss(
     from_chosen = smoothed(beta * (chosen - anchors[:, 1]), smoothing)
     from_rejected = smoothed(beta * (anchors[:, 2] - rejected), smoothing)
     both = from_chosen + from_rejected
-    return (
-        both - both.detach() / 2
-    )  # every rank is seen from both of its ends: half the value, all the gradient
+    # Every rank is seen from both of its ends: half of the value, but all of the gradient.
+    return both - both.detach() / 2
 
 
 def of_chosen(per_token: Tensor, counts: Tensor) -> Tensor:
