@@ -37,7 +37,7 @@ from rlx.core.preference import (
 )
 from rlx.plugins.contract import Algorithm, Scorer
 
-Two = tuple[torch.Tensor, torch.Tensor]  # of the chosen and of the rejected completions
+Two = tuple["torch.Tensor", "torch.Tensor"]  # of the chosen and of the rejected completions
 SORTED = ("aot", "aot_unpaired")
 KINDS = (*PAIR_LOSSES, *SORTED, "sft")
 SMOOTHED = {"exo_pair", "robust", *SORTED}
