@@ -49,8 +49,8 @@ class Meter:
         return {name: s / n for name, s, n in zip(names, *both, strict=True) if n}
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums and counts; the sums are tensors."""
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+        """Sums and counts; the sums are tensors on the CPU, for other processes do not have this device."""
+        return {"sums": {name: added.cpu() for name, added in self.sums.items()}, "counts": dict(self.counts)}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Meter:

@@ -56,10 +56,15 @@ def session(run: Run, signals: Signals | None = None) -> Iterator[Run]:
 
 def close(run: Run, status: str, exit_code: int) -> None:
     """Give back the folder and what the generator holds; the manifest says how the run ended."""
-    run.studio.generator.close()
-    if run.folder is not None:
-        manifest.finish(run.folder, status, seconds=time.perf_counter() - run.began, exit_code=exit_code)
-        run.folder.close()
+    try:
+        run.studio.generator.close()
+    finally:
+        if run.folder is not None:
+            seconds = time.perf_counter() - run.began
+            try:
+                manifest.finish(run.folder, status, seconds=seconds, exit_code=exit_code)
+            finally:
+                run.folder.close()
 
 
 def _at_once(run: Run, signals: Signals | None) -> Interrupted:

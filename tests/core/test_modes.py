@@ -93,3 +93,13 @@ def test_means_are_exact_beyond_sixteen_million_values(prepared):
     meter = Meter()
     meter.sums["x"], meter.counts["x"] = torch.tensor(2.0**24 + 1, dtype=torch.float64), 2**24 + 1
     assert meter.means(prepared().accelerator)["x"] == 1.0
+
+
+def test_a_generator_that_cannot_be_closed_does_not_keep_the_run_folder(prepared):
+    run = prepared()
+    closing = run.studio.generator.close
+    run.studio.generator.close = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run.close()
+    run.studio.generator.close = closing
+    prepared(output_dir=str(run.path), overwrite_output_dir=True)  # refused while another holds the lock
