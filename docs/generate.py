@@ -193,6 +193,13 @@ def docstring_lines(node: ast.AST) -> range:
     return range(node.body[0].lineno, node.body[0].end_lineno + 1)
 
 
+def docstring(file: str) -> str:
+    """What a module says of itself: its docstring, papers linked, without the line that runs it."""
+    doc = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))) or ""
+    parts = [part for part in doc.split("\n\n") if not part.startswith("Run it:")]
+    return ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", "\n\n".join(parts)).replace("``", "`")
+
+
 def verbs() -> str:
     """The commands."""
     return table(("command", "what it does"), ([f"`rlx {name}`", doc] for name, doc in VERBS.items()))
@@ -209,6 +216,7 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "foreign names": foreign_names,
     "recipe": recipe,
     "excerpt": excerpt,
+    "docstring": docstring,
     "verbs": verbs,
 }
 

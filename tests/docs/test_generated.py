@@ -9,10 +9,10 @@ from types import ModuleType
 
 import pytest
 
-from rlx.algorithms.ppo import PPOConfig
 from rlx.core.options import options
 from rlx.core.settings import Settings
 from rlx.plugins.catalogue import COMPONENTS
+from rlx.plugins.references import config_of, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -82,9 +82,10 @@ def test_every_core_option_is_in_the_config_page() -> None:
     assert not [name for name in options(Settings) if f"| `{name}` |" not in page]
 
 
-def test_every_ppo_option_is_in_the_ppo_page() -> None:
-    page = text("ppo.md")
-    assert not [name for name in options(PPOConfig) if f"| `{name}` |" not in page]
+@pytest.mark.parametrize("name", COMPONENTS["algorithm"])
+def test_every_option_of_an_algorithm_is_on_its_page(name: str) -> None:
+    page = text(f"{name}.md")
+    assert not [o for o in options(config_of(resolve("algorithm", name))) if f"| `{o}` |" not in page]
 
 
 def test_every_component_is_on_some_page(generate: ModuleType) -> None:
@@ -117,9 +118,12 @@ def test_every_metric_that_a_run_logs_is_explained(tmp_path: Path) -> None:
     assert len(generic) > 25
 
 
-def test_every_metric_that_ppo_names_is_explained_on_its_page() -> None:
-    source = (ROOT / "algorithms" / "ppo.py").read_text(encoding="utf-8")
-    named = {name for name in re.findall(r'"([a-z_]+/[a-z_]+)"', source)} | {"kl", "entropy"}
-    page = text("ppo.md")
-    assert not [name for name in named if f"`{name}`" not in page]
-    assert len(named) > 8
+@pytest.mark.parametrize("name", COMPONENTS["algorithm"])
+def test_every_metric_that_an_algorithm_names_is_explained(name: str) -> None:
+    """Names with a slash, as written in its file: on its own page and in the table of all runs."""
+    file = COMPONENTS["algorithm"][name][0].partition(":")[0].removeprefix("rlx.").replace(".", "/")
+    source = (ROOT / f"{file}.py").read_text(encoding="utf-8")
+    named = set(re.findall(r'"([a-z_]+/[a-z_]+)"', source))
+    for page in (f"{name}.md", "run-folder.md"):
+        assert not [metric for metric in named if f"`{metric}`" not in text(page)], page
+    assert named

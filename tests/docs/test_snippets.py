@@ -3,7 +3,7 @@
 What a fence's info string may say, beside the language:
 
 * ``file=NAME``: the snippet is written to that file, for the snippets after it.
-* ``short``: each ``rlx run`` line gets the options of SHORT, and larger numbers of its own are lowered to those.
+* ``short``: each ``rlx run`` line gets the options of SHORT; larger numbers of its own are lowered to those.
 * ``fails=N``: the last command exits with N; every other command exits with 0.
 * ``skip="reason"``: not run; only for commands that install, need a GPU or a network.
 * ``excerpt="…"``: a piece of the code itself, kept the same by docs/generate.py.
