@@ -19,7 +19,7 @@ PROMPTS = 512
 
 @pytest.fixture(scope="session")
 def held_out_reward() -> Callable[[Any], float]:
-    """Mean exact_match of one sample at temperature 1 on each of 512 held-out prompts, always the same draws."""
+    """Mean exact_match of one sample on each of 512 held-out prompts; the same draws every time."""
     from rlx.core.data import check_data
 
     settings = Settings(max_completion_length=24, max_eval_rows=PROMPTS, dataset="wordmath")
