@@ -292,7 +292,8 @@ def check_encodable(messages: Messages, column: str) -> None:
     Raises:
         BadRow: naming the column.
     """
-    if any(UNUSABLE.search(turn.get("content") or "") for turn in messages):
+    contents = [turn.get("content") for turn in messages]
+    if any(isinstance(content, str) and UNUSABLE.search(content) for content in contents):
         raise BadRow(f"{column} has a NUL or half a surrogate pair in it, which cannot be encoded")
 
 
