@@ -132,14 +132,7 @@ def load_demonstrations(
     note_gaps(rows, needed, ledger)
     texts = [row["_whole"] for row in rows]
     note_repeats(texts, "demonstrations", ledger)
-    packed = [[one] for one in documents]
-    if settings.packing:
-        groups = pack([len(one.ids) for one in documents], limit[0], settings.packing_strategy)
-        packed = [[documents[p.document].piece(p.start, p.end) for p in group] for group in groups]
-        ledger.note(
-            f"packed {len(documents)} demonstrations into {len(packed)} rows of {limit[0]} tokens, "
-            f"{total / (len(packed) * limit[0]):.1%} full, by {settings.packing_strategy}"
-        )
+    packed = _packed(documents, limit[0], settings, ledger) if settings.packing else [[d] for d in documents]
     if not evaluation and len(packed) < settings.batch_size:
         ledger.note(
             f"{len(packed)} rows are fewer than one batch of {settings.batch_size}: rows repeat within a "
@@ -147,6 +140,20 @@ def load_demonstrations(
         )
     fingerprint = opened.fingerprint([[(one.ids, one.learned) for one in row] for row in packed])
     return DemonstrationData(packed, texts, [row[ROW] for row in rows], fingerprint, ledger.report)
+
+
+def _packed(
+    documents: list[Document], length: int, settings: Settings, ledger: Ledger
+) -> list[list[Document]]:
+    """Documents, or pieces of them, put together into rows of at most so many tokens."""
+    groups = pack([len(one.ids) for one in documents], length, settings.packing_strategy)
+    packed = [[documents[p.document].piece(p.start, p.end) for p in group] for group in groups]
+    total = sum(len(one.ids) for one in documents)
+    ledger.note(
+        f"packed {len(documents)} demonstrations into {len(packed)} rows of {length} tokens, "
+        f"{total / (len(packed) * length):.1%} full, by {settings.packing_strategy}"
+    )
+    return packed
 
 
 def _check_options(settings: Settings, opened: Opened) -> None:
