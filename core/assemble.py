@@ -194,6 +194,7 @@ def _with_weights(
             model,
             values="values" in algorithm.needs,
             value_model=objects.get("value_model"),
+            classifier="reward" in algorithm.needs,
         )
     reference = None
     if algorithm.needs & {"reference", "kl"}:
@@ -230,8 +231,10 @@ def build_accelerator(config: RunConfig) -> Accelerator:
     if is_initialized() and AcceleratorState().mixed_precision != wanted:
         # Accelerate keeps one precision a process and refuses another; runs one after the other may differ.
         AcceleratorState._reset_state()
-    # Counts and moments are summed in float64, which Apple's GPUs do not have.
-    return Accelerator(mixed_precision=wanted, cpu=torch.backends.mps.is_available())
+    # Without being told that there is only the CPU, accelerate lets each process of torchrun train alone; and
+    # counts and moments are summed in float64, which Apple's GPUs do not have.
+    alone = not torch.accelerator.is_available() or torch.backends.mps.is_available()
+    return Accelerator(mixed_precision=wanted, cpu=alone)
 
 
 def build_rewards(config: RunConfig) -> RewardRunner | None:

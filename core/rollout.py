@@ -130,7 +130,9 @@ class Studio:
 
     def reward(self, prompts: Prompts, completions: Completions, groups: Sequence[int]) -> Rollouts:
         """Rollouts with their scores, nothing else measured yet; prompts and completions are N each."""
-        texts = self.policy.tokenizer.batch_decode(completions.ids, skip_special_tokens=True)
+        # One by one: batch_decode makes one text of no completions at all.
+        decode = self.policy.tokenizer.decode
+        texts = [decode(ids, skip_special_tokens=True) for ids in completions.ids]
         device = self.accelerator.device
         rollouts = Rollouts(
             Sequences.from_lists(prompts.ids, completions.ids, groups).to(device),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import checkpoint, snapshot
-from rlx.core.assemble import assemble, begin
+from rlx.core.assemble import assemble, begin, build_accelerator
 from rlx.core.assemble import dry_run as check_only
 from rlx.core.config import RunConfig, from_mapping
 from rlx.core.errors import CheckpointError, ConfigError, Interrupted, SaveError
@@ -114,12 +114,10 @@ def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None, **obj
         CheckpointError: there is no usable checkpoint, or the data or an option changed that was not
             overridden.
     """
-    from accelerate import PartialState
-
     folder, overrides = Path(folder), dict(overrides or {})
     config = stored_config(folder, overrides)
     # One process owns the folder; the others only read its checkpoints.
-    owned = RunFolder.open(folder) if PartialState().is_main_process else None
+    owned = RunFolder.open(folder) if build_accelerator(config).is_main_process else None
     try:
         newest, broken = checkpoint.latest(folder)
         run = assemble(config, objects, folder=owned, reopened=True)
