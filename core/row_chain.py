@@ -79,7 +79,7 @@ class Ledger:
         self.drop(len(rows), f"cannot be used: {got} at {where}")
 
     def drop(self, count: int, reason: str, of: int | None = None) -> None:
-        """Rows left out for a reason, by a rule that the user chose; ``of`` where they are not the table's."""
+        """Rows left out by a rule that the user chose, and why; ``of`` where they are not the table's."""
         self.dropped[reason] += count
         self.note(f"left out {count} of {of or len(self.table)} rows: {reason}")
 
