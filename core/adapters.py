@@ -60,6 +60,7 @@ def add_lora(
     alpha: float,
     dropout: float = 0.0,
     target_modules: Sequence[str] = ("all-linear",),
+    classifier: bool = False,
 ) -> Any:
     """The model with a new LoRA adapter in use, named ``default`` or the next free name; the base is frozen.
 
@@ -72,6 +73,7 @@ def add_lora(
         alpha: the adapter's output is scaled by alpha / r.
         dropout: on the adapter's input.
         target_modules: ends of module names, or ``all-linear`` alone.
+        classifier: the model is a sequence classifier; its score head is trained and saved with the adapter.
 
     Raises:
         ConfigError: no module of these names, or the base carries adapters of another kind.
@@ -89,7 +91,11 @@ def add_lora(
             )
         targets = "all-linear"
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
     )
     wrapper, name = wrapper_of(model), free_name(model)
     try:

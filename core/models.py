@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from rlx.core import adapters
+from rlx.core.classify import parts_of
 from rlx.core.errors import ConfigError, DivergedError
+from rlx.core.model_loading import load_causal, load_classifier
 from rlx.core.precision import DTYPES, upcast_norms
-from rlx.core.pretrained import Source, load_config, load_weights, quiet, restore_weights
+from rlx.core.pretrained import Source, quiet, restore_weights
 from rlx.core.settings import Settings
 from rlx.core.streams import rng_scope
 from rlx.core.tokenizer import check_vocabulary, load_tokenizer, ready_tokenizer, stop_token_ids
@@ -155,7 +157,8 @@ class Policy:
         try:
             if self.adapter is not None:
                 adapters.save_adapter(self.model, folder, name=self.adapter)
-                self.base.generation_config.save_pretrained(str(folder))
+                if self.base.can_generate():
+                    self.base.generation_config.save_pretrained(str(folder))
             else:
                 with quiet():
                     self.model.save_pretrained(str(folder))
@@ -215,6 +218,7 @@ def load_policy(
     *,
     values: bool = False,
     value_model: Any = None,
+    classifier: bool = False,
 ) -> Policy:
     """The policy, ready to train on the accelerator's device.
 
@@ -225,6 +229,8 @@ def load_policy(
         model: a model object to use instead of the one that the settings name, in its own dtype.
         values: whether the algorithm needs a value function.
         value_model: a model object to use instead of the one that the settings name.
+        classifier: a sequence classifier with one label in the place of a language model; where the weights
+            have no score head, it is drawn from the seed.
 
     Raises:
         ConfigError: the model, tokenizer or adapter cannot be used as asked.
@@ -235,10 +241,15 @@ def load_policy(
     dtype = resolve_dtype(settings, device)
     tokenizer = _tokenizer_for(settings, tokenizer, model, report)
     if model is None:
-        model = _load_model(settings, dtype)
+        model = load_classifier(settings, dtype, report) if classifier else load_causal(settings, dtype)
     check_vocabulary(model, tokenizer)
     model.to(device)
-    policy = Policy(_adapted(settings, model), tokenizer, report=report)
+    if classifier:
+        parts_of(model)  # or an error that says what is missing
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id
+        )  # transformers' own forward finds the last token by it
+    policy = Policy(_adapted(settings, model, classifier), tokenizer, report=report)
     if values:
         _add_values(policy, settings, value_model, device, dtype)
     if settings.disable_dropout:
@@ -299,20 +310,7 @@ def _tokenizer_for(settings: Settings, tokenizer: Any, model: Any, report: list[
     return load_tokenizer(replace(settings, tokenizer=model.name_or_path), report=report)
 
 
-def _load_model(settings: Settings, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    source = Source.of(
-        settings.model,
-        role="model",
-        revision=settings.model_revision,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    arguments = {"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}
-    return load_weights(source, AutoModelForCausalLM, load_config(source), dtype=dtype, **arguments)
-
-
-def _adapted(settings: Settings, model: Any) -> Any:
+def _adapted(settings: Settings, model: Any, classifier: bool) -> Any:
     if settings.adapter:
         return adapters.load_adapter(model, settings.adapter)
     if settings.lora_r:
@@ -322,6 +320,7 @@ def _adapted(settings: Settings, model: Any) -> Any:
                 rank=settings.lora_r,
                 alpha=settings.lora_alpha,
                 target_modules=settings.lora_target_modules,
+                classifier=classifier,
             )
     if adapters.wrapper_of(model) not in (None, model):
         raise ConfigError(

@@ -100,7 +100,7 @@ def load_config(source: Source) -> Any:
 
 
 def load_weights(
-    source: Source, auto_class: Any, config: Any, *, dtype: torch.dtype, **arguments: Any
+    source: Source, auto_class: Any, config: Any, *, dtype: torch.dtype, new: str = "", **arguments: Any
 ) -> Any:
     """A model with every weight it needs, all of them finite.
 
@@ -109,6 +109,7 @@ def load_weights(
         auto_class: ``AutoModelForCausalLM`` or a sibling.
         config: what ``load_config`` gave.
         dtype: type of the floating-point weights.
+        new: a weight that may be missing, and is drawn at random then.
         arguments: more for ``from_pretrained``.
 
     Raises:
@@ -125,11 +126,12 @@ def load_weights(
             **source.arguments,
             **arguments,
         )
-    if loading["missing_keys"]:
+    missing = set(loading["missing_keys"]) - {new}
+    if missing:
         raise ConfigError(
             f"the weights of {source.role} {source.name!r} are incomplete",
             code="E-MODEL-INCOMPLETE",
-            got=f"{len(loading['missing_keys'])} missing: {_names(loading['missing_keys'])}",
+            got=f"{len(missing)} missing: {_names(missing)}",
             expected=f"every weight of {type(model).__name__}; nothing is filled with random numbers",
             hint="check that the folder holds a whole model of this architecture",
         )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlx.core.batch import Batch
+from rlx.core.batch import Batch, Scores
+from rlx.core.classify import classify
 from rlx.core.errors import DivergedError, MemoryExhausted
 from rlx.core.logprobs import score
 from rlx.core.meter import Meter, total
@@ -26,7 +27,7 @@ from rlx.core.streams import rng_scope
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from rlx.core.batch import Scores, Sequences
+    from rlx.core.batch import Sequences
     from rlx.core.models import Policy
     from rlx.core.settings import Settings
     from rlx.plugins.contract import Algorithm
@@ -84,6 +85,9 @@ class Updater:
     def score(self, sequences: Sequences) -> Scores:
         """One differentiable forward of everything that the loss needs."""
         needs = self.algorithm.needs
+        if "reward" in needs:
+            options: dict[str, Any] = {"token_budget": self.budget, "accelerator": self.accelerator}
+            return Scores(torch.empty(0), reward=classify(self.policy.model, sequences, **options))
         now = score(
             self.policy.model,
             sequences,

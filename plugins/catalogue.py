@@ -19,6 +19,7 @@ COMPONENTS = {
         "grpo": ("rlx.algorithms.grpo:GRPO", "advantages within a group; DAPO, Dr. GRPO, GSPO, CISPO"),
         "online_dpo": ("rlx.algorithms.online_dpo:OnlineDPO", "DPO on pairs that the policy samples"),
         "sft": ("rlx.algorithms.sft:SFT", "imitates demonstrations"),
+        "reward": ("rlx.algorithms.reward:RewardModel", "a reward model from preference pairs"),
     },
     "reward": {
         "exact_match": ("rlx.rewards.exact_match:ExactMatch", "1 if the final answer is the data's"),

@@ -283,5 +283,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "num_generations": 4,
         "learning_rate": 2e-4,
         "temperature": 1.0,
+        "max_steps": 60,
     },
 }
