@@ -49,16 +49,18 @@ def test_the_embedded_model_loads_by_its_name():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "expected"),
+    ("device", "dtype", "lora_r", "expected"),
     [
-        ("cpu", "auto", torch.float32),
-        ("cuda", "auto", torch.bfloat16),
-        ("cuda", "float16", torch.float16),
-        ("cpu", "bfloat16", torch.bfloat16),
+        ("cpu", "auto", 0, torch.float32),
+        ("cpu", "auto", 4, torch.float32),
+        ("cuda", "auto", 0, torch.float32),
+        ("cuda", "auto", 4, torch.bfloat16),
+        ("cuda", "float16", 0, torch.float16),
+        ("cpu", "bfloat16", 0, torch.bfloat16),
     ],
 )
-def test_dtype_auto_is_float32_on_cpu_and_bfloat16_on_cuda(device, dtype, expected):
-    assert resolve_dtype(Settings(dtype=dtype), torch.device(device)) == expected
+def test_dtype_auto_is_bfloat16_for_the_frozen_base_of_an_adapter_on_cuda(device, dtype, lora_r, expected):
+    assert resolve_dtype(Settings(dtype=dtype, lora_r=lora_r), torch.device(device)) == expected
 
 
 @pytest.mark.parametrize(
