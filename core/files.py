@@ -114,13 +114,16 @@ def saving(path: Path) -> Iterator[None]:
     """Tell an error of the operating system as a ``SaveError`` about path."""
     try:
         yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    except Exception as error:
+        # safetensors has an exception of its own for a full disk.
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise cannot_write(path, error) from error
+        raise
 
 
-def cannot_write(path: Path, error: OSError) -> SaveError:
+def cannot_write(path: Path, error: Exception) -> SaveError:
     """The error that says why a path cannot be written, and how much space is left."""
-    got = error.strerror or str(error)
+    got = (error.strerror if isinstance(error, OSError) else None) or str(error)
     with suppress(OSError):
         got += f"; {shutil.disk_usage(path).free / 1e6:.1f} MB free"
     return SaveError(
