@@ -20,7 +20,7 @@ from rlx.core.session import session
 from rlx.core.signals import Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from rlx.core.loop import Run
     from rlx.core.models import Policy
@@ -115,7 +115,7 @@ def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None, **obj
             overridden.
     """
     folder, overrides = Path(folder), dict(overrides or {})
-    config = stored_config(folder, overrides)
+    config = stored_config(folder, overrides, objects)
     # One process owns the folder; the others only read its checkpoints.
     owned = RunFolder.open(folder) if build_accelerator(config).is_main_process else None
     try:
@@ -136,8 +136,8 @@ def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None, **obj
     return run
 
 
-def stored_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
-    """The configuration that a run folder keeps, with some options changed."""
+def stored_config(folder: Path, overrides: Mapping[str, Any], given: Collection[str] = ()) -> RunConfig:
+    """The configuration that a run folder keeps, some options changed, and some models given as objects."""
     from rlx.core.yaml_file import read_config
 
     file = folder / "config.yaml"
@@ -151,7 +151,19 @@ def stored_config(folder: Path, overrides: Mapping[str, Any]) -> RunConfig:
     values, where = read_config(file)
     changed = {name.replace("-", "_"): value for name, value in overrides.items()}
     changed = {name: value for name, value in changed.items() if not (name in ACCEPTED and value is True)}
-    return from_mapping({**values, **changed, "output_dir": str(folder)}, where)
+    values |= changed
+    objects = [
+        name
+        for name, value in values.items()
+        if "<object given in Python" in str(value) or str(value).startswith("object-")
+    ]
+    if set(objects) - set(given):
+        raise CheckpointError(
+            f"the run was given objects from Python: {', '.join(objects)}",
+            where=str(folder),
+            hint="give them again: rlx.resume(folder, {'reward': my_function}, model=model, tokenizer=…)",
+        )
+    return from_mapping({**values, "output_dir": str(folder)}, where)
 
 
 def resolve(config: RunConfig | None, options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:

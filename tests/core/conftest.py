@@ -74,8 +74,12 @@ def tiny_tokenizer() -> Callable[..., Any]:
 GRADED = '''
 """A reward that tells completions apart, and one that remembers."""
 
+import os
+import time
+
 
 def graded(completions, answer, **_):
+    time.sleep(float(os.environ.get("PAUSE", 0)))
     return [len(text) / 40 + (str(number) in text) for text, number in zip(completions, answer)]
 
 
