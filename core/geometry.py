@@ -106,7 +106,7 @@ def _either(numbers: list[int]) -> str:
 
 
 def run_folder(settings: Settings, algorithm: str, where: Mapping[str, str]) -> str:
-    """The run folder: as given, if it is a fit name, or ``runs/<algo>-<model>-<time>``.
+    """The run folder: as given, if it is a fit name, or ``runs/<algo>-<model>-<time>``, numbered if taken.
 
     Args:
         settings: output_dir and model.
@@ -123,7 +123,10 @@ def run_folder(settings: Settings, algorithm: str, where: Mapping[str, str]) -> 
     given = settings.output_dir
     if not given:
         model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(settings.model).name).strip("-.") or "model"
-        return f"runs/{algorithm}-{model[:60]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name, number = f"runs/{algorithm}-{model[:60]}-{time.strftime('%Y%m%d-%H%M%S')}", 1
+        while Path(name if number == 1 else f"{name}-{number}").exists():  # runs begun in the same second
+            number += 1
+        return name if number == 1 else f"{name}-{number}"
     path = Path(given)
     if not RUN_NAME.fullmatch(path.name) or ".." in path.parts or not given.isprintable():
         raise ConfigError(

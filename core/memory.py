@@ -8,7 +8,7 @@ be loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,7 @@ def estimate(
     reference: str = "none",
     reference_model: Any = None,
     value: nn.Module | None = None,
+    trained: Collection[nn.Parameter] | None = None,
     device: torch.device | None = None,
 ) -> MemoryReport:
     """What a run needs.
@@ -94,11 +95,12 @@ def estimate(
         reference: kind of the reference: ``none``, ``adapter off``, ``adapter``, ``copy`` or ``model``.
         reference_model: the model of the kind ``model``; None counts it as large as the policy.
         value: the value function's module.
+        trained: what is trained of the model; None for what requires gradients.
         device: where it will run; the model's own by default.
     """
     place = next(model.parameters()).device
     device = place if device is None else device
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad] if trained is None else list(trained)
     own = _size(model)
     value_trained = [p for p in value.parameters() if p.requires_grad] if value is not None else []
     shared = {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rlx.core.memory import empty_model, estimate
-from rlx.core.models import resolve_dtype
+from rlx.core.models import VALUE, resolve_dtype
 from rlx.core.text import safe_text
 from rlx.core.update import token_budget
 
@@ -134,6 +134,7 @@ def weights(
             reference="none" if reference is None else reference.kind,
             reference_model=None if reference is None else reference.model,
             value=policy.value,
+            trained=[p for name, p in policy.trainable().items() if not name.startswith(VALUE)],
         ).lines(),
     ]
 

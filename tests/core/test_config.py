@@ -276,6 +276,16 @@ def test_the_default_run_folder_names_algorithm_and_model(registered):
     assert folder.startswith("runs/sum-My-Model-20")
 
 
+def test_runs_begun_in_the_same_second_get_folders_of_their_own(registered, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rlx.core.geometry.time.strftime", lambda form: "20260101-000000")
+    found = []
+    for _ in range(3):
+        found.append(from_mapping({"algo": "sum", "reward": "target", "model": "m"}).settings.output_dir)
+        (tmp_path / found[-1]).mkdir(parents=True)
+    assert found == [f"runs/sum-m-20260101-000000{number}" for number in ("", "-2", "-3")]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
