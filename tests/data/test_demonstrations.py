@@ -16,7 +16,8 @@ USER, YES, NO = (
     for role, content in [("user", "2 + 2?"), ("assistant", "It is 4."), ("assistant", "<b>No</b>")]
 )
 # The opening of a turn has a mark that finished turns lack.
-REASONING = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
+REASONING = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
+assert REASONING != CHATML
 # Only the last turn is rendered with a mark.
 LAST_MARKED = """\
 {%- for m in messages -%}{{ '<|' ~ m.role ~ '|>' }}

@@ -232,10 +232,11 @@ def test_the_playground(chat_tokenizer, eats):
         assert not any(w.endswith(f"Answer: {a}<|end|>") for w, a in zip(wrong, expected, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not HH.exists(), reason="the shared data is not here")
 def test_real_dialogues_keep_their_text(chat_tokenizer):
-    data = load(str(HH), chat_tokenizer, max_rows=200, max_length=100_000)
+    options = Settings(algo="dpo", dataset=str(HH), max_rows=200, max_length=100_000)
+    data, _ = check_data(options, chat_tokenizer, eats="pairs", max_positions=100_000)
+    assert len(data) == 200
     sequences = data.batch(range(len(data))).sequences
     texts, scored = texts_of(sequences, chat_tokenizer), scored_of(sequences, chat_tokenizer)
     assert all(text.startswith("\n\nHuman:") and text.endswith("<|end|>") for text in texts)

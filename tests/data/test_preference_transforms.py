@@ -56,6 +56,7 @@ def test_no_turn_is_lost_or_shifted(start, one, other):
     [
         ("I can", "I cannot", "I"),  # the word stays whole
         ("say yes", "say no", "say"),  # the space goes with the word
+        ("a  b", "a  c", "a"),  # white space stays in one piece
         ("a b", "a b", "a b"),  # everything shared
         ("yes", "no", ""),  # nothing shared
         ("", "", ""),
