@@ -7,6 +7,7 @@ between two steps is small.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -127,6 +128,7 @@ class Run:
         """Print a line, on the main process only."""
         if self.is_main:
             self.printers[-1](line)
+            sys.stdout.flush()  # a pipe or a file shows it now, not after the next thousand lines
 
     def stop(self) -> None:
         """End the run after this step, as if it were the last."""
