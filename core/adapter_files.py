@@ -107,7 +107,11 @@ def _linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """The last parts of the names of all linear layers."""
+    """The last parts of the names of all linear layers, those inside adapters left out."""
     return sorted(
-        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        {
+            name.removesuffix(".base_layer").rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and ".lora_" not in name
+        }
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,21 +80,11 @@ def add_lora(
     """
     from peft import LoraConfig, get_peft_model
 
-    targets: str | list[str] = list(target_modules)
-    if "all-linear" in targets:
-        if len(targets) > 1:
-            raise ConfigError(
-                "lora_target_modules names modules beside all-linear",
-                code="E-ADAPTER",
-                got=", ".join(targets),
-                expected="all-linear alone, or module names",
-            )
-        targets = "all-linear"
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=_targets(target_modules),
         task_type="SEQ_CLS" if classifier else "CAUSAL_LM",
     )
     wrapper, name = wrapper_of(model), free_name(model)
@@ -114,6 +104,20 @@ def add_lora(
             got=safe_text(error, 200),
             expected=f"some of: {', '.join(linear_names(model)[:10])}",
         ) from error
+
+
+def _targets(names: Sequence[str]) -> str | list[str]:
+    """Target modules as peft wants them."""
+    if "all-linear" not in names:
+        return list(names)
+    if len(names) > 1:
+        raise ConfigError(
+            "lora_target_modules names modules beside all-linear",
+            code="E-ADAPTER",
+            got=", ".join(names),
+            expected="all-linear alone, or module names",
+        )
+    return "all-linear"
 
 
 def load_adapter(
@@ -224,6 +228,16 @@ def lasting_name(key: str, adapter: str) -> str:
     return re.sub(rf"\.{re.escape(adapter)}(?=\.|$)", f".{TRAINED}", key)
 
 
+def trained_parameters(model: Any, name: str) -> dict[str, nn.Parameter]:
+    """What is trained with an adapter, by lasting names: what requires gradients, but for other adapters."""
+    others = [adapter_parameters(model, other) for other in model.peft_config if other != name]
+    return {
+        lasting_name(key, name): parameter
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(key in other for other in others)
+    }
+
+
 def is_identity(model: Any, name: str) -> bool:
     """Whether an adapter changes nothing yet: plain LoRA with every B matrix zero."""
     config = model.peft_config[name]
@@ -238,18 +252,19 @@ def is_identity(model: Any, name: str) -> bool:
 
 
 @contextmanager
-def adapter_switched(model: Any, name: str | None) -> Iterator[None]:
+def adapter_switched(model: Any, name: str | None, trained: Collection[nn.Parameter] = ()) -> Iterator[None]:
     """Another adapter, or none, for a while; whatever happens inside, all is as before afterwards.
 
-    Which weights require gradients stays the same inside as well. With the adapter that is in use anyway this
-    costs nothing.
+    Which weights require gradients stays the same inside as well, but for those that are to be trained. With
+    the adapter that is in use anyway this costs nothing.
 
     Args:
         model: a PeftModel.
         name: the adapter to use; None for the bare base.
+        trained: parameters that require gradients inside, whoever switched them off.
     """
     active = model.active_adapter
-    if name == active:
+    if name == active and all(parameter.requires_grad for parameter in trained):
         yield
         return
     with _kept(model):
@@ -260,6 +275,8 @@ def adapter_switched(model: Any, name: str | None) -> Iterator[None]:
         try:
             with _kept(model):
                 model.set_adapter(name)
+            for parameter in trained:
+                parameter.requires_grad_(True)
             yield
         finally:
             model.set_adapter(active)

@@ -69,6 +69,8 @@ class Policy:
         self.value_model = value_model
         self.stop_token_ids = stop_token_ids(self.base, tokenizer)
         self.report = list(report)
+        # Kept, because on a shared base anybody's switch of adapters changes what requires gradients.
+        self._trained = {} if self.adapter is None else adapters.trained_parameters(model, self.adapter)
         self._declared: dict[str, Any] = {}  # config fields that were changed for training, as they were
 
     @property
@@ -88,14 +90,11 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by a lasting name; the value function's begin with ``value.``."""
-        foreign = set().union(*(adapters.adapter_parameters(self.model, name) for name in self._others()))
-        own = {
-            name if self.adapter is None else adapters.lasting_name(name, self.adapter): parameter
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and name not in foreign
-        }
+        own = self._trained
+        if self.adapter is None:
+            own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if self.value is not None:
-            own |= {VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
+            own = own | {VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
         return own
 
     @contextmanager
@@ -110,7 +109,8 @@ class Policy:
         """
         with ExitStack() as stack:
             if self.adapter is not None:
-                stack.enter_context(adapters.adapter_switched(self.model, self.adapter))
+                trained = self._trained.values()
+                stack.enter_context(adapters.adapter_switched(self.model, self.adapter, trained))
             stack.enter_context(in_mode(self.model, training))
             if self.value_model is not None:
                 stack.enter_context(in_mode(self.value_model, training))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from rlx.core import adapters
 from rlx.core.errors import ConfigError, DivergedError
 from rlx.core.models import load_policy
+from rlx.core.reference import build_reference
 from rlx.core.settings import Settings
 
 IDS = torch.tensor([[3, 4, 5, 6, 7]])
@@ -133,6 +135,57 @@ def test_a_new_adapter_stands_beside_those_that_are_there(tiny_model, tiny_token
     assert policy.adapter == first.active_adapter == "default-3"
     now = adapters.adapter_parameters(first, "default")
     assert all(torch.equal(now[name], kept[name]) and now[name].requires_grad for name in kept)
+
+
+def test_an_adapter_that_does_not_fit_leaves_those_that_are_there(tiny_model):
+    model = adapters.add_lora(tiny_model(), rank=2, alpha=2)
+    with pytest.raises(ConfigError) as caught:
+        adapters.add_lora(model, rank=2, alpha=2, target_modules=["no_such"])
+    assert "q_proj" in caught.value.expected and "default" not in caught.value.expected
+    assert list(model.peft_config) == ["default"] and model.active_adapter == "default"
+    assert adapters.add_lora(model, rank=2, alpha=2).active_adapter == "default-2"
+
+
+def test_a_copy_of_a_base_gets_adapters_of_its_own(tiny_model):
+    base = tiny_model()
+    first = adapters.add_lora(base, rank=2, alpha=2)
+    twin = copy.deepcopy(base)
+    second = adapters.add_lora(twin, rank=2, alpha=2)
+    assert second is not first and second.get_base_model() is twin
+    assert list(first.peft_config) == ["default"] and list(second.peft_config) == ["default", "default-2"]
+
+
+@pytest.mark.parametrize("trained", ["mine", "default-2"])
+def test_of_adapters_from_python_one_trains_one_is_the_reference_and_a_third_is_left(
+    trained, tiny_model, tiny_tokenizer
+):
+    model = adapters.add_lora(tiny_model(), rank=2, alpha=2)
+    for name in ("mine", "reference", "judge"):
+        model.add_adapter(name, copy.deepcopy(model.peft_config["default"]))
+        stir(model, name)
+    model.delete_adapter("default")
+    model.set_adapter("mine")
+    if trained == "default-2":
+        model.add_adapter("default", copy.deepcopy(model.peft_config["mine"]))
+    settings = Settings(lora_r=0 if trained == "mine" else 4)
+    policy = load_policy(settings, tokenizer=tiny_tokenizer(), model=model)
+    reference = build_reference(settings, policy)
+    assert (policy.adapter, reference.kind, reference.adapter) == (trained, "adapter", "reference")
+    kept = {name: p.detach().clone() for name, p in model.named_parameters() if f".{trained}." not in name}
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    assert len(before) == 28 and all(".default." in name for name in before)
+    optimizer = torch.optim.SGD(policy.trainable().values(), lr=0.1)
+    model.set_adapter("judge")
+    for _ in range(2):  # a new adapter's A moves only once its B has
+        with policy.active(training=True):
+            policy.model(IDS).logits.sum().backward()
+        optimizer.step()
+    assert model.active_adapter == "judge"
+    assert not any(torch.equal(p, before[name]) for name, p in policy.trainable().items())
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], kept[name]) for name in kept)
+    with reference.active():
+        assert model.active_adapter == "reference"
 
 
 def test_a_new_adapter_begins_as_the_seed_says(tiny_model, tiny_tokenizer):
