@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from rlx.core.meter import Meter
@@ -26,13 +27,15 @@ def evaluate(run: Run) -> dict[str, float]:
     Raises:
         ValueError: if two callbacks report the same metric.
     """
-    # The clock and what the rewards remember belong to training: evaluating more often changes nothing in it.
+    # The clock, and what rewards and algorithm remember, belong to training: evaluating changes nothing.
     seconds, rewards = dict(run.studio.clock.seconds), run.studio.reward_state()
+    algorithm = copy.deepcopy(run.algorithm.state_dict())
     try:
         return _evaluated(run)
     finally:
         run.studio.clock.seconds = seconds
         run.studio.load_reward_state(rewards)
+        run.algorithm.load_state_dict(algorithm)
 
 
 def _evaluated(run: Run) -> dict[str, float]:

@@ -18,6 +18,7 @@ import torch
 
 from rlx.core import snapshot
 from rlx.core.evaluate import evaluate
+from rlx.core.functional import moments
 from rlx.core.meter import Meter, total
 from rlx.core.order import Order, share
 from rlx.core.rollout import RunScorer, Studio
@@ -304,8 +305,7 @@ class Run:
             reward = rollouts.score[applies]
             seen |= {"reward": reward, "reward/unscorable": (~applies).float()}
             seen |= {f"reward/{name}": values[~values.isnan()] for name, values in rollouts.rewards.items()}
-            if len(reward) > 1:
-                seen["reward/std"] = reward.std()
+            seen["reward/std"] = moments(reward, self.score.total)[2].sqrt()
         for name, values in seen.items():
             self.meter.add(name, values)
         self._count(rollouts.sequences)

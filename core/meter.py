@@ -66,3 +66,10 @@ def total(accelerator: Accelerator, values: Tensor) -> Tensor:
         return values
     summed: Tensor = accelerator.reduce(values, reduction="sum")  # of a copy; values stay as they are
     return summed
+
+
+def largest(accelerator: Accelerator, value: float) -> float:
+    """The largest value of all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    return float(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())

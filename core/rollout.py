@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from rlx.core.batch import Labeled, Pairs, Rollouts, Scores, Sequences
-from rlx.core.errors import DivergedError
+from rlx.core.errors import DivergedError, MemoryExhausted
 from rlx.core.logprobs import full_kl, score
 from rlx.core.meter import total
 from rlx.core.precision import generation_precision
@@ -77,6 +77,7 @@ class Studio:
     ) -> None:
         self.policy, self.reference, self.generator, self.rewards = policy, reference, generator, rewards
         self.settings, self.accelerator, self.clock = settings, accelerator, Clock()
+        self.budget = token_budget(settings, accelerator.device)  # halves when memory runs out
         self.sampling = Sampling(
             max_new_tokens=settings.max_completion_length,
             temperature=settings.temperature,
@@ -101,7 +102,15 @@ class Studio:
             self.accelerator.autocast(),
         ):
             self.generator.sync(self.policy)
-            return self.generator.generate(prompts.ids, n, replace(self.sampling, greedy=greedy), seeds)
+            while True:
+                try:
+                    sampling = replace(self.sampling, greedy=greedy)
+                    return self.generator.generate(prompts.ids, n, sampling, seeds)
+                except torch.OutOfMemoryError as error:
+                    rows = self.sampling.batch_size or len(prompts) * n
+                    if rows <= 1:
+                        raise exhausted("sampling one completion") from error
+                    self.sampling = replace(self.sampling, batch_size=rows // 2)
 
     def roll_out(
         self, prompts: Prompts, n: int, needs: frozenset[str], step: int, positions: Sequence[int]
@@ -199,7 +208,7 @@ class Studio:
                 self.reference.active,
                 sequences,
                 temperature=self.settings.temperature,
-                token_budget=token_budget(self.settings, self.accelerator.device),
+                token_budget=self.budget,
                 accelerator=self.accelerator,
             )
 
@@ -216,16 +225,24 @@ class Studio:
 
         Raises:
             ValueError: for any other name, if there is no reference, or for values of the reference.
+            MemoryExhausted: one sequence alone does not fit.
         """
-        budget = token_budget(self.settings, self.accelerator.device)
+        while True:
+            try:
+                return self._score(sequences.to(self.accelerator.device), model, needs, logps)
+            except torch.OutOfMemoryError as error:
+                if self.budget <= int(sequences.lengths.max()):
+                    raise exhausted("a forward of one sequence") from error
+                self.budget //= 2
+
+    def _score(self, sequences: Sequences, model: str, needs: Collection[str], logps: bool) -> Scores:
         options: dict[str, Any] = {
             "temperature": self.settings.temperature,
-            "token_budget": budget,
+            "token_budget": self.budget,
             "accelerator": self.accelerator,
             "entropy": "entropy" in needs,
             "extras": needs,
         }
-        sequences = sequences.to(self.accelerator.device)
         if model == "reference" and self.reference is not None and "values" not in needs:
             with self.reference.active() as module:
                 return score(module, sequences, **options)
@@ -243,7 +260,7 @@ class Studio:
                 now = score(module, sequences, value_head=head, logps=logps, **options)
             if apart is not None:
                 with self.accelerator.autocast():
-                    now = replace(now, values=apart.values(sequences, budget))
+                    now = replace(now, values=apart.values(sequences, self.budget))
             return now
 
 
@@ -263,6 +280,16 @@ class RunScorer:
     def total(self, values: Tensor) -> Tensor:
         """The element-wise sum of values over all processes."""
         return total(self.studio.accelerator, values)
+
+
+def exhausted(what: str) -> MemoryExhausted:
+    """Memory ran out at the smallest piece of work there is."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return MemoryExhausted(
+        f"out of memory in {what}",
+        hint="lower max_completion_length or max_prompt_length, or set lora_r or dtype: bfloat16",
+    )
 
 
 def _check_finite(name: str, values: Tensor | None, batch: Rollouts) -> None:

@@ -333,7 +333,8 @@ def _check_mix(rewards: Sequence[NamedReward], on_error: str, error_value: float
 
 
 def _with_unique_names(rewards: Sequence[NamedReward]) -> list[NamedReward]:
-    asked, taken = {reward.name for reward in rewards}, set()
+    asked = {reward.name for reward in rewards}
+    taken = {"std", "unscorable"}  # metrics of their own under reward/
     unique = []
     for reward in rewards:
         name, number = reward.name, 2

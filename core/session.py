@@ -81,8 +81,8 @@ def _at_once(run: Run, signals: Signals | None) -> Interrupted:
 
 def _keep(run: Run) -> None:
     """Write the final policy to the root of the run folder."""
+    snapshot.together(run, lambda folder: folder.publish(run.policy.save_pretrained))
     if run.folder is not None:
-        run.folder.publish(run.policy.save_pretrained)
         run.events.emit("on_save", run=run, path=run.path)
     run.accelerator.wait_for_everyone()
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from rlx.core import checkpoint
-from rlx.core.errors import CheckpointError, RlxError
+from rlx.core.errors import CheckpointError
 from rlx.core.meter import Meter
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from rlx.core.config import RunConfig
+    from rlx.core.folder import RunFolder
     from rlx.core.loop import Run
+
+T = TypeVar("T")
 
 # Options that change what is written or shown, never what is computed.
 COSMETIC = frozenset({
@@ -44,34 +47,46 @@ def save(run: Run) -> Path | None:
         from accelerate.utils import gather_object
 
         ranks = gather_object(ranks)
-    path, failure = None, None
-    if run.folder is not None:
-        try:
-            path = checkpoint.write(
-                run.path,
-                run.global_step,
-                lambda folder: _fill(run, folder, ranks),
-                identity=identity(run),
-                keep=run.settings.save_total_limit,
-            )
-        except RlxError as error:
-            failure = error
-    _agree(run, failure)
+    path = together(
+        run,
+        lambda owned: checkpoint.write(
+            owned.path,
+            run.global_step,
+            lambda folder: _fill(run, folder, ranks),
+            identity=identity(run),
+            keep=run.settings.save_total_limit,
+        ),
+    )
     if path is not None:
         run.events.emit("on_save", run=run, path=path)
     run.accelerator.wait_for_everyone()
     return path
 
 
-def _agree(run: Run, failure: RlxError | None) -> None:
-    """Raise on every process what the one that writes met, so that none waits for the others in vain."""
-    failures = [failure]
+def together(run: Run, write: Callable[[RunFolder], T]) -> T | None:
+    """Let the process that owns the folder write, and raise what it meets on all: none waits in vain.
+
+    Args:
+        run: any.
+        write: called on that process alone.
+
+    Returns:
+        What write gave; None on the other processes.
+    """
+    result: T | None = None
+    failures: list[Exception | None] = [None]
+    if run.folder is not None:
+        try:
+            result = write(run.folder)
+        except Exception as error:
+            failures = [error]
     if run.accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
         broadcast_object_list(failures)
     if failures[0] is not None:
         raise failures[0]
+    return result
 
 
 def restore(run: Run, folder: Path) -> None:

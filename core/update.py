@@ -13,7 +13,7 @@ from rlx.core.batch import Batch, Scores
 from rlx.core.classify import classify
 from rlx.core.errors import DivergedError, MemoryExhausted
 from rlx.core.logprobs import score
-from rlx.core.meter import Meter, total
+from rlx.core.meter import Meter, largest, total
 from rlx.core.microbatch import cut
 from rlx.core.optim import (
     build_optimizer,
@@ -170,7 +170,8 @@ class Updater:
 
     def halve(self, batch: Batch) -> None:
         """Halve the token budget after memory ran out; the mini-batch is gone through again."""
-        longest = int(batch.sequences.lengths.max()) * batch.per_row if len(batch) else 0
+        mine = int(batch.sequences.lengths.max()) * batch.per_row if len(batch) else 0
+        longest = int(largest(self.accelerator, mine))
         if self.budget <= longest:
             raise MemoryExhausted(
                 f"out of memory with one row of {longest} tokens in a forward and backward",
