@@ -90,11 +90,11 @@ class Policy:
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every trained parameter by a lasting name; the value function's begin with ``value.``."""
-        own = self._trained
+        own = dict(self._trained)
         if self.adapter is None:
             own = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if self.value is not None:
-            own = own | {VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
+            own |= {VALUE + name: p for name, p in self.value.named_parameters() if p.requires_grad}
         return own
 
     @contextmanager
