@@ -23,6 +23,7 @@ def training(monkeypatch):
     def put(body):
         module = types.ModuleType("rlx.core.run")
         module.run = lambda config, *, dry_run=False: body(config)
+        module.prepare = body
         monkeypatch.setitem(sys.modules, "rlx.core.run", module)
 
     return put
