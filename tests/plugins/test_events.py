@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import rlx
+from rlx.core.settings import Settings
 from rlx.plugins.events import Events, global_hooks
 from rlx.testing import isolated
 
@@ -272,7 +273,7 @@ def test_emitting_an_event_that_is_not_there_is_a_type_error(event, given):
 class Vetoing:
     @rlx.hookimpl
     def rlx_validate(self, config):
-        if config == "bad":
+        if config.settings.seed == 13:
             raise rlx.ConfigError("not with me")
 
     @rlx.hookimpl
@@ -295,8 +296,8 @@ class LoadingToo(Loading):
 def test_global_hooks_veto_and_give_the_first_model():
     with isolated(Vetoing(), Loading(), LoadingToo()):
         assert global_hooks().rlx_load_model(spec="s") == "model of s"
-        global_hooks().rlx_validate(config="good")
+        global_hooks().rlx_validate(config=SimpleNamespace(settings=Settings(seed=12)))
         with pytest.raises(rlx.ConfigError, match="not with me") as caught:
-            global_hooks().rlx_validate(config="bad")
+            global_hooks().rlx_validate(config=SimpleNamespace(settings=Settings(seed=13)))
         assert "plugin 'Vetoing'" in caught.value.__notes__[0] and "rlx_validate" in caught.value.__notes__[0]
     assert global_hooks().rlx_load_model(spec="s") is None
