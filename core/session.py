@@ -60,7 +60,7 @@ def close(run: Run, status: str, exit_code: int) -> None:
         run.studio.generator.close()
     finally:
         if run.folder is not None:
-            seconds = time.perf_counter() - run.began
+            seconds = time.perf_counter() - run.journal.began
             try:
                 manifest.finish(run.folder, status, seconds=seconds, exit_code=exit_code)
             finally:

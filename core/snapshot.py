@@ -103,11 +103,12 @@ def restore(run: Run, folder: Path) -> None:
     else:  # another number of processes: rewards go on from the first one's state, sums are kept together
         _back_to_this_process(run, ranks[0])
         for other in ranks[1:] if rank == 0 else ():
-            run.meter.merge(Meter.of(other["meter"]))
+            run.journal.meter.merge(Meter.of(other["meter"]))
         if rank > 0:
-            run.meter = Meter()
-    run.global_step, run.tokens, run.reported = state["step"], state["tokens"], state["reported"]
-    run.tokens_since = run.tokens
+            run.journal.meter = Meter()
+    run.global_step, run.reported = state["step"], state["reported"]
+    run.journal.tokens = state["tokens"]
+    run.journal.restart()
     for name, callback in _stateful(run).items():
         if name in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][name])
@@ -189,7 +190,7 @@ def _fill(run: Run, folder: Path, ranks: list[dict[str, Any]]) -> None:
     state = {
         "step": run.global_step,
         "reported": run.reported,
-        "tokens": run.tokens,
+        "tokens": run.journal.tokens,
         "updater": run.updater.state_dict(),
         "algorithm": run.algorithm.state_dict(),
         "reference": {} if run.studio.reference is None else run.studio.reference.state_dict(),
@@ -204,14 +205,14 @@ def _fill(run: Run, folder: Path, ranks: list[dict[str, Any]]) -> None:
 def _of_this_process(run: Run) -> dict[str, Any]:
     """What differs from process to process: each saw other rows."""
     return {
-        "meter": run.meter.state_dict(),
+        "meter": run.journal.meter.state_dict(),
         "clock": dict(run.studio.clock.seconds),
         "rewards": run.studio.reward_state(),
     }
 
 
 def _back_to_this_process(run: Run, state: Mapping[str, Any]) -> None:
-    run.meter = Meter.of(state["meter"])
+    run.journal.meter = Meter.of(state["meter"])
     run.studio.clock.seconds.update(state["clock"])
     run.studio.load_reward_state(state["rewards"])
 

@@ -42,8 +42,8 @@ def everything(run) -> dict[str, object]:
     found["rates"] = [group["lr"] for group in run.updater.optimizer.param_groups]
     found |= {f"algorithm {name}": value for name, value in run.algorithm.state_dict().items()}
     found["rewards"] = run.studio.reward_state()
-    found["meter"] = {name: float(value) for name, value in run.meter.sums.items()}
-    found["tokens"] = run.tokens
+    found["meter"] = {name: float(value) for name, value in run.journal.meter.sums.items()}
+    found["tokens"] = run.journal.tokens
     log = run.path / "metrics.jsonl"
     found["metrics"] = log.exists() and [
         {k: v for k, v in json.loads(line).items() if not k.startswith("time/") and "second" not in k}

@@ -167,9 +167,9 @@ def test_a_mini_batch_whose_ratio_exploded_is_skipped_and_counted(started):
     before = {name: p.detach().clone() for name, p in run.policy.trainable().items()}
     assert run.update(replace(batch, old=batch.old - 3.0)) == "skip"  # e³ ≈ 20
     assert all(torch.equal(before[name], p) for name, p in run.policy.trainable().items())
-    assert float(run.meter.sums["update/skipped"]) == 1
+    assert float(run.journal.meter.sums["update/skipped"]) == 1
     assert run.update(batch) == "step"
-    assert float(run.meter.sums["update/skipped"]) == 1 and run.meter.counts["update/skipped"] == 2
+    assert float(run.journal.meter.sums["update/skipped"]) == 1 and run.journal.meter.counts["update/skipped"] == 2
 
 
 # What is not finite
