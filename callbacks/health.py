@@ -54,7 +54,8 @@ CHECKS: dict[str, Check] = {
         " completions.jsonl why the rewards do not apply.",
     ),
     "entropy_collapse": Check(
-        lambda now, first: now["entropy"] < 0.05 * first["entropy"],
+        # Imitating demonstrations lowers it too, and rightly so: only samples need it.
+        lambda now, first: "completion/length" in now and now["entropy"] < 0.05 * first["entropy"],
         3,
         "Entropy fell to {entropy:.3g} nats, below a twentieth of its start: the policy hardly explores."
         " Lower the learning rate, or raise the temperature or an entropy bonus.",

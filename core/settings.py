@@ -22,6 +22,7 @@ READ_BY = {
     "prompt_overflow": ("prompts",),
     "max_length": OFFLINE,
     "truncation_mode": OFFLINE,
+    "precompute_ref_log_probs": ("pairs",),
     "packing": ("demonstrations",),
     "packing_strategy": ("demonstrations",),
     "completion_only_loss": ("demonstrations",),

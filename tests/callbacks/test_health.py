@@ -6,7 +6,7 @@ from rlx.callbacks.health import CHECKS, Health
 
 HEALTHY = {
     "kl": 0.01, "reward": 0.5, "reward/std": 0.3, "completion/eos_rate": 0.9, "reward/unscorable": 0.0,
-    "entropy": 1.0, "policy/ratio": 1.0, "policy/clip_fraction": 0.1,
+    "completion/length": 12.0, "entropy": 1.0, "policy/ratio": 1.0, "policy/clip_fraction": 0.1,
 }  # fmt: skip
 SICK = {
     "negative_kl": {"kl": -0.2},
@@ -30,6 +30,13 @@ def test_a_healthy_run_hears_nothing(make_run):
     log(health, run, 50, kl=-0.01)  # noise
     for _ in range(10):
         health.on_log(run, {"step": 1, "eval/reward": 0.0})
+    assert run.said == []
+
+
+def test_entropy_may_fall_where_nothing_is_sampled(make_run):
+    run, health = make_run(), Health(None)
+    for step in range(10):
+        health.on_log(run, {"step": step, "loss": 1.0, "entropy": 1.0 if step == 0 else 0.01})
     assert run.said == []
 
 
