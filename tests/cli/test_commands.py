@@ -128,7 +128,7 @@ def test_help_leaves_out_what_means_nothing_for_the_algorithm():
         class Config:
             """Options."""
 
-            packing: bool = opt(False, "pack short rows")
+            pack_short: bool = opt(False, "pack short rows")
 
         def loss(self, batch, now):
             return None
@@ -136,7 +136,7 @@ def test_help_leaves_out_what_means_nothing_for_the_algorithm():
     shown = panels(algo=Imitate)
     assert "Sampling" not in shown and "--reward" not in shown["Components"]
     assert not {"--value-model", "--reference-model"} & set(shown["Model"])
-    assert shown["Algorithm Imitate"] == {"--[no-]packing": ""}
+    assert shown["Algorithm Imitate"] == {"--[no-]pack-short": ""}
 
 
 def test_help_of_an_unknown_algorithm_is_an_error(rlx):

@@ -153,3 +153,11 @@ def started(small: Callable[..., dict[str, Any]]) -> Any:
     yield start
     for run in runs:
         run.close()
+
+
+@pytest.fixture
+def fresh_accelerate() -> None:
+    """Accelerate keeps one precision a process; a test that asks for another begins without it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()

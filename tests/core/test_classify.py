@@ -106,6 +106,7 @@ def test_no_sequence_and_an_empty_one() -> None:
         classify(model, nothing)
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_autocast_of_an_accelerator() -> None:
     model, sequences = build("llama"), batch()
     got = classify(model, sequences, accelerator=Accelerator(mixed_precision="bf16", cpu=True))

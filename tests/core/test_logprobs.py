@@ -227,6 +227,7 @@ def test_half_precision(name: str) -> None:
         assert distance <= 0.05 * float(theirs[parameter].float().norm()) + 1e-6, parameter
 
 
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_autocast_of_an_accelerator() -> None:
     model, sequences = build("llama"), batch()
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)

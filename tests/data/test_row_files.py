@@ -65,7 +65,7 @@ def test_a_malformed_line_is_named_by_its_number(tmp_path, ending):
     lines[9] = b"  "
     with pytest.raises(DataError) as caught:
         read_bytes(tmp_path, "data.jsonl", ending.join(lines))
-    assert caught.value.what.startswith("data.jsonl:17: invalid JSON (Unterminated string")
+    assert caught.value.what.startswith("data.jsonl:17: invalid JSON (column 12: Unterminated string")
     assert caught.value.exit_code == 3
 
 
