@@ -28,6 +28,7 @@ COMPONENTS = {
         "format": ("rlx.rewards.regex:Format", "1 if reasoning and answer stand in their tags"),
         "length": ("rlx.rewards.length:Length", "penalty for each token away from a target length"),
         "overlong": ("rlx.rewards.length:Overlong", "soft punishment near the longest length"),
+        "reward_model": ("rlx.rewards.reward_model:RewardModel", "score of a sequence-classification model"),
         "repetition": ("rlx.rewards.repetition:Repetition", "penalty for repeated n-grams"),
     },
     "transform": {
