@@ -169,7 +169,8 @@ def test_a_mini_batch_whose_ratio_exploded_is_skipped_and_counted(started):
     assert all(torch.equal(before[name], p) for name, p in run.policy.trainable().items())
     assert float(run.journal.meter.sums["update/skipped"]) == 1
     assert run.update(batch) == "step"
-    assert float(run.journal.meter.sums["update/skipped"]) == 1 and run.journal.meter.counts["update/skipped"] == 2
+    meter = run.journal.meter
+    assert float(meter.sums["update/skipped"]) == 1 and meter.counts["update/skipped"] == 2
 
 
 # What is not finite
