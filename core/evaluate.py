@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 from rlx.core.meter import Meter
@@ -69,9 +70,10 @@ def _sampled(run: Run, data: PromptData) -> dict[str, float]:
 
 
 def _measured(run: Run, data: Any) -> dict[str, float]:
-    size, meter = run.settings.batch_size, Meter()
-    for first in range(0, len(data), size):
-        rows = list(range(first, min(first + size, len(data))))
+    parts, meter = math.ceil(len(data) / run.settings.batch_size), Meter()
+    for part in range(parts):
+        # Batches of one size, more or less: in a last one of one row nothing could be compared.
+        rows = list(share(len(data), part, parts))
         mine = list(share(len(rows), run.accelerator.process_index, run.accelerator.num_processes))
         batch = run.studio.compare(data.batch(rows, mine), run.algorithm.needs)
         batch = run.algorithm.prepare(batch, run.score)

@@ -1,8 +1,10 @@
-"""What ``prepare`` sees, batches for it, and a loss put together as the loop does it."""
+"""What ``prepare`` sees, batches for it, a loss put together as the loop does it, cases of all algorithms."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,3 +92,179 @@ def value_and_gradient() -> Callable[..., Any]:
         return value.float(), leaf.grad
 
     return run
+
+
+# Every algorithm, and its variants whose loss looks at more than one row or counts in another way.
+CASES: dict[str, dict[str, Any]] = {
+    "ppo": {"num_mini_batches": 1, "num_ppo_epochs": 2, "vf_coef": 0.5},
+    "ppo adapter": {"num_mini_batches": 1, "num_ppo_epochs": 2, "lora_r": 4},
+    "rloo": {"num_iterations": 2},
+    "rloo normalised": {"num_iterations": 2, "normalize_advantages": True, "missing_eos_penalty": 0.1},
+    **{
+        f"grpo {kind}": {"loss_type": kind, "num_iterations": 2, "num_generations": 2}
+        for kind in ("grpo", "bnpo", "dapo", "dr_grpo")
+    },
+    "grpo cispo": {"loss_type": "cispo", "epsilon_high": 5.0, "num_iterations": 2, "num_generations": 2},
+    "grpo sequence": {
+        "importance_sampling_level": "sequence", "scale_rewards": "batch", "beta": 0.1, "num_generations": 2,
+        "num_iterations": 2,
+    },
+    "grpo entropy": {
+        "top_entropy_quantile": 0.5, "entropy_coef": 0.01, "num_iterations": 2, "num_generations": 2,
+        "off_policy_mask_threshold": 1.0,
+    },
+    "online_dpo": {},
+    "online_dpo ipo": {"loss_type": "ipo", "num_generations": 3},
+    "dpo": {},
+    "dpo adapter": {"lora_r": 4},
+    "dpo aot": {"loss_type": ["aot"]},
+    "dpo aot_unpaired": {"loss_type": ["aot_unpaired"], "label_smoothing": 0.1},
+    "dpo sft": {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
+    "dpo weighted": {"use_weighting": True},
+    "kto": {},
+    "kto apo_zero_unpaired": {"loss_type": "apo_zero_unpaired"},
+    "orpo": {},
+    "cpo": {},
+    "cpo simpo": {"loss_type": "simpo"},
+    "sft": {},
+    "sft dft": {"loss_type": "dft"},
+    "sft packing": {"packing": True, "max_length": 96},
+    "reward": {"center_rewards_coefficient": 0.01},
+    "reward adapter": {"lora_r": 4},
+}  # fmt: skip
+EATS = {
+    "prompts": ("ppo", "rloo", "grpo", "online_dpo"),
+    "pairs": ("dpo", "orpo", "cpo", "reward"),
+    "labeled": ("kto",),
+    "demonstrations": ("sft",),
+}
+ALGORITHMS = {algo: eats for eats, algorithms in EATS.items() for algo in algorithms}
+RANKED = '''
+"""A reward that no two different texts share, so that nothing is a tie."""
+
+import hashlib
+
+
+def ranked(completions, **_):
+    return [int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 16**6 for text in completions]
+'''
+
+
+def user(text: str) -> dict[str, str]:
+    """A turn of the user."""
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    """A turn of the assistant."""
+    return {"role": "assistant", "content": text}
+
+
+def row(number: int, form: str) -> dict[str, Any]:
+    """A row of one of ``FORMS``; lengths differ from row to row."""
+    x, y = 20 + 7 * number, 3 + number
+    thing = ("pens", "books", "red apples")[number % 3]
+    question = f"Amy has {x} {thing}. Ann has {y} more than Amy. How many {thing} does Ann have?"
+    right = f" {x} + {y} = {x + y}. Answer: {x + y}"
+    wrong = (f" {x} - {y} = {x - y}. Answer: {x - y}", " I think it is 94.")[number % 2]
+    label, answer = number % 3 > 0, right if number % 3 else wrong
+    rows: dict[str, dict[str, Any]] = {
+        "prompts, text": {"prompt": question, "answer": str(x + y)},
+        "prompts, messages": {"prompt": [user(question)], "answer": str(x + y)},
+        "pairs, text": {"prompt": question, "chosen": right, "rejected": wrong},
+        "pairs, text without prompt": {"chosen": question + right, "rejected": question + wrong},
+        "pairs, messages": {
+            "prompt": [user(question)], "chosen": [assistant(right)], "rejected": [assistant(wrong)],
+        },
+        "pairs, messages without prompt": {
+            "chosen": [user(question), assistant(right)], "rejected": [user(question), assistant(wrong)],
+        },
+        "labeled, text": {"prompt": question, "completion": answer, "label": label},
+        "labeled, messages": {"prompt": [user(question)], "completion": [assistant(answer)], "label": label},
+        "demonstrations, text": {"text": question + right},
+        "demonstrations, text with prompt": {"prompt": question, "completion": right},
+        "demonstrations, messages": {"messages": [user(question), assistant(right)]},
+        "demonstrations, messages with prompt": {
+            "prompt": [user(question)], "completion": [assistant(right)],
+        },
+    }  # fmt: skip
+    return rows[form]
+
+
+FORMS = (
+    "prompts, text", "prompts, messages",
+    "pairs, text", "pairs, text without prompt", "pairs, messages", "pairs, messages without prompt",
+    "labeled, text", "labeled, messages",
+    "demonstrations, text", "demonstrations, text with prompt", "demonstrations, messages",
+    "demonstrations, messages with prompt",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a reward, and training and evaluation data of every form."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "ranked.py").write_text(RANKED)
+    for form in FORMS:
+        for name, numbers in (("train", range(9)), ("eval", range(20, 25))):
+            lines = [json.dumps(row(number, form)) for number in numbers]
+            (folder / f"{form}, {name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def of(files: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Options of two steps of four rows, of a case or an algorithm; keywords change them, ``...`` removes."""
+    import torch
+
+    torch.set_num_threads(1)
+
+    def options(case: str, form: str | None = None, **changes: Any) -> dict[str, Any]:
+        algo = case.split()[0]
+        eats = ALGORITHMS[algo]
+        form = form or next(one for one in FORMS if one.startswith(eats))
+        given: dict[str, Any] = {
+            "algo": algo, "seed": 5, "batch_size": 4, "max_steps": 2, "max_length": 128,
+            "dataset": str(files / f"{form}, train.jsonl"), "learning_rate": 1e-3,
+            "output_dir": str(tmp_path / "run"), "logging_steps": 1, "log_completions": 0, "plots": False,
+            "progress": "none", "mixed_precision": "no",
+        }  # fmt: skip
+        if eats == "prompts":
+            given |= {
+                "reward": f"{files / 'ranked.py'}:ranked",
+                "max_completion_length": 8,
+                "max_length": ...,
+            }
+            given |= {} if algo == "ppo" else {"num_generations": 2}
+        given |= CASES.get(case, {}) | changes
+        return {name: value for name, value in given.items() if value is not ...}
+
+    return options
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of ``case``, ``algo`` or ``fed`` run for every one of them."""
+    fed = [
+        (algo, form, adapter)
+        for number, form in enumerate(FORMS)
+        for algo in EATS[form.split(",")[0]]
+        for adapter in (False, True)
+        # Where there are two forms of text and two of messages, one of each is enough.
+        if algo not in EATS["pairs"] + EATS["demonstrations"] or adapter == (number % 4 in (1, 2))
+    ]
+    if "test_every" not in metafunc.module.__name__:
+        return
+    for name, values in (("case", list(CASES)), ("algo", list(ALGORITHMS)), ("fed", fed)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, values, ids=lambda v: v if isinstance(v, str) else named(*v))
+
+
+def named(algo: str, form: str, adapter: bool) -> str:
+    """The name of a test of ``fed``."""
+    return f"{algo}, {'adapter' if adapter else 'full'}, {form}"
+
+
+@pytest.fixture(scope="session")
+def cases() -> list[str]:
+    """The names of all cases."""
+    return list(CASES)
