@@ -89,8 +89,8 @@ def pairs(tmp_path, monkeypatch):
 
     def make(name, **options):
         return prepare(
-            algo="dpo", output_dir=str(tmp_path / name), max_rows=12, max_eval_rows=4, max_steps=2, batch_size=4,
-            progress="none", plots=False, **options,
+            algo="dpo", output_dir=str(tmp_path / name), max_rows=12, max_eval_rows=4, max_steps=2,
+            batch_size=4, progress="none", plots=False, **options,
         )  # fmt: skip
 
     return make
