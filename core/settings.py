@@ -131,8 +131,10 @@ class Settings:
         {}, "column mapping, wanted=found, may be repeated: --columns prompt=question", panel="Data"
     )
     system_prompt: str | None = opt(None, "system message put before every prompt", panel="Data")
-    chat_template: str | None = opt(
-        None, "a Jinja template, a file with one, or 'none' for plain text", panel="Data"
+    chat_template: str = opt(
+        "auto",
+        "auto is the tokenizer's; a Jinja template, a file with one, chatml, or none for plain text",
+        panel="Data",
     )
     precompute_ref_log_probs: bool = opt(
         False, "take the reference's log-probs of preference pairs once, before training", panel="Data"

@@ -152,8 +152,9 @@ class ChatTemplate(Transform):
     class Config:
         """Which template."""
 
-        template: str | None = opt(
-            None, "a Jinja template, a file with one, 'chatml', or 'none' (default: the tokenizer's)"
+        template: str = opt(
+            "auto",
+            "auto is the tokenizer's; a Jinja template, a file with one, chatml, or none for plain text",
         )
         system_prompt: str | None = opt(None, "system message before every prompt that has none")
 
@@ -297,9 +298,9 @@ def check_encodable(messages: Messages, column: str) -> None:
         raise BadRow(f"{column} has a NUL or half a surrogate pair in it, which cannot be encoded")
 
 
-def _template(option: str | None) -> str | None:
+def _template(option: str) -> str | None:
     """The Jinja text that the option stands for, None for the tokenizer's own or none at all."""
-    if option is None or option == "none":
+    if option in ("auto", "none"):
         return None
     if option == "chatml":
         return CHATML
@@ -312,7 +313,7 @@ def _template(option: str | None) -> str | None:
             "chat_template is neither a template nor a file that can be read",
             code="E-CONFIG-TEMPLATE",
             got=f"{safe_text(option, 80)} ({safe_text(error, 80)})",
-            expected="Jinja text, a file with it, chatml, or none",
+            expected="Jinja text, a file with it, chatml, auto or none",
         ) from error
 
 

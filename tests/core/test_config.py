@@ -612,3 +612,22 @@ def test_an_option_for_other_data_is_refused(option, value):
     # A config that was written out names every option with its default.
     default = options(Settings)[option].default
     assert getattr(from_mapping({**BASE, option: default}).settings, option) == default
+
+
+def test_the_chat_template_none_is_plain_text_and_not_an_option_left_out():
+    from rlx.plugins.transforms.chat import ChatTemplate
+
+    assert from_mapping(BASE).settings.chat_template == "auto"
+    for config in (
+        flags("--algo", "sft", "--chat-template", "none"),
+        from_mapping({**BASE, "chat_template": "none"}),
+    ):
+        template = config.settings.chat_template
+        assert template == "none"
+        assert not ChatTemplate(ChatTemplate.Config(template=template)).templated(Templated())
+
+
+class Templated:
+    """A tokenizer with a chat template."""
+
+    chat_template = "{{ messages[0].content }}"
