@@ -27,6 +27,9 @@ for options in jobs["runs"]:
     say(f"folder {run.path.name}")
     train(run)
 
+if not jobs.get("go_on", True):
+    sys.exit()
+
 # Goes on from the first checkpoint of the last run, as if it had been killed after it.
 if state.is_main_process:
     shutil.copytree(jobs["runs"][-1]["output_dir"], "again")
