@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from rlx.core.streams import generator
 
@@ -48,14 +50,16 @@ class Order:
     def rows(self, step: int) -> list[int]:
         """Row numbers of batch ``step``, counted from 0."""
         first, end = step * self.batch_size, min((step + 1) * self.batch_size, self.total_rows)
-        epochs = {position // self.length for position in range(first, end)}
-        orders = {epoch: self._epoch(epoch) for epoch in epochs}
-        return [orders[position // self.length][position % self.length] for position in range(first, end)]
+        return [self._row(*divmod(position, self.length)) for position in range(first, end)]
 
-    def _epoch(self, epoch: int) -> list[int]:
-        if not self.shuffle:
-            return list(range(self.length))
-        return torch.randperm(self.length, generator=generator(self.seed, "data", epoch)).tolist()
+    def _row(self, epoch: int, place: int) -> int:
+        return int(_permutation(self.length, self.seed, epoch)[place]) if self.shuffle else place
+
+
+@lru_cache(maxsize=4)
+def _permutation(length: int, seed: int, epoch: int) -> Tensor:
+    """The rows of one epoch, shuffled; kept while the epoch lasts."""
+    return torch.randperm(length, generator=generator(seed, "data", epoch))
 
 
 def share(count: int, rank: int, world: int) -> range:
