@@ -42,7 +42,7 @@ class Sequences:
 
     def __post_init__(self) -> None:
         if self.ids.device.type != "cpu":
-            return  # checked when it was made on the CPU; here a look at the numbers would wait for the device
+            return  # checked when it was made on the CPU; here looking would wait for the device
         if int(self.lengths.sum()) != len(self.ids) or len(self.scored) != len(self.ids):
             raise ValueError(
                 f"lengths add up to {int(self.lengths.sum())}, but there are {len(self.ids)} ids and "
