@@ -61,3 +61,13 @@ def test_a_reward_model_learns_to_tell_right_from_wrong(seed, tmp_path):
     before, after = (result.metrics[i]["eval/rewards/accuracies"] for i in (0, -1))
     print(f"reward seed {seed}: {before:.3f} -> {after:.3f}")
     assert after >= 0.85
+
+
+def test_ppo_follows_a_learned_reward_model(base, held_out_reward, tmp_path):
+    # The judge is a proxy: followed for long enough it is fooled, so the policy is looked at before that.
+    train("reward", 0, tmp_path / "judge")
+    judge = {"name": "reward_model", "model": str(tmp_path / "judge")}
+    options = {"max_steps": 20, "score_scaling": "standardise"}
+    after = held_out_reward(train("ppo", 0, tmp_path / "run", reward=[judge], **options).policy)
+    print(f"ppo with a learned reward model: {base:.3f} -> {after:.3f}")
+    assert after >= base + 0.2
