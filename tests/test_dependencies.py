@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ROOMS = ("core", "plugins", "algorithms", "rewards", "callbacks")
 MODULE = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}  # where the name is not that of the project
-EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "dev"}
+FOR_TESTS = ("dev", "oracle")
+EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name not in FOR_TESTS}
 UNIMPORTED = {"tensorboard", "wandb", "tokenizers"}  # called by accelerate, by transformers
 
 
