@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from rlx.core.config import RunConfig
+    from rlx.core.data import Data
     from rlx.core.loop import Run
     from rlx.core.settings import Settings
     from rlx.plugins.contract import Algorithm
@@ -49,8 +50,8 @@ class Checked:
     algorithm: Algorithm
     rewards: RewardRunner | None
     tokenizer: Any
-    data: Any  # of the kind that the algorithm eats
-    eval_data: Any
+    data: Data
+    eval_data: Data | None
     order: Order
     model_config: Any
     plan: list[str]

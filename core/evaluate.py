@@ -43,7 +43,8 @@ def _evaluated(run: Run) -> dict[str, float]:
     metrics: dict[str, float] = {}
     if run.eval_data is not None:
         online = run.algorithm.eats == "prompts"
-        metrics = _sampled(run, run.eval_data) if online else _measured(run, run.eval_data)
+        measure: Any = _sampled if online else _measured
+        metrics = measure(run, run.eval_data)
     for result in run.events.emit("on_evaluate", run=run):
         for name, value in (result or {}).items():
             if name in metrics:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -22,7 +22,7 @@ from rlx.core.session import close, session
 from rlx.core.streams import generator
 
 if TYPE_CHECKING:
-    from rlx.core.batch import Batch, Rollouts
+    from rlx.core.batch import Batch, Prompts, Rollouts
 
 
 class Run(Parts):
@@ -54,7 +54,7 @@ class Run(Parts):
         before = self.studio.reward_state()
         try:
             rollouts = self.studio.roll_out(
-                self.data.batch(rows, mine),
+                cast("Prompts", self.data.batch(rows, mine)),
                 self.algorithm.completions_per_prompt,
                 self.algorithm.needs,
                 self.global_step,
@@ -69,8 +69,9 @@ class Run(Parts):
 
     def collate(self) -> Batch:
         """The batch of the next step of an algorithm that does not sample, reference log-probs measured."""
-        batch: Batch = self.studio.compare(self.data.batch(*self.next_rows()), self.algorithm.needs)
-        return batch
+        batch: Any = self.data.batch(*self.next_rows())
+        measured: Batch = self.studio.compare(batch, self.algorithm.needs)
+        return measured
 
     def next_rows(self) -> tuple[list[int], list[int]]:
         """Row numbers of the next batch over all processes, and the places in it that are this process's."""

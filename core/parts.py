@@ -17,9 +17,11 @@ if TYPE_CHECKING:
 
     from rlx.core.batch import Rollouts
     from rlx.core.config import RunConfig
+    from rlx.core.data import Data
     from rlx.core.folder import RunFolder
     from rlx.core.models import Policy
     from rlx.core.order import Order
+    from rlx.core.precompute import WithReference
     from rlx.core.rollout import Studio
     from rlx.core.update import Updater
     from rlx.plugins.contract import Algorithm
@@ -60,8 +62,8 @@ class Parts:
     algorithm: Algorithm
     studio: Studio
     updater: Updater
-    data: Any  # rlx.core.data.Data, or preference data with its reference log-probs
-    eval_data: Any
+    data: Data | WithReference
+    eval_data: Data | WithReference | None
     order: Order
     events: Events
     folder: RunFolder | None
