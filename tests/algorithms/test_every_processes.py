@@ -33,7 +33,9 @@ def test_two_processes_are_one(cases, of, files, tmp_path):
     def options(case, folder):
         # Batches of four, four and one row: in the last a process has none. Held-out rows: three and two.
         rows = {"max_steps": ..., "num_train_epochs": 1.0}
-        given = of(case, **rows, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant")
+        given = of(
+            case, **rows, optim="sgd", learning_rate=0.002, max_grad_norm=0, lr_scheduler_type="constant"
+        )
         evaluation = given["dataset"].replace("train", "eval")
         return {
             **given,
