@@ -14,9 +14,9 @@ import pytest
 
 STEPS, ROWS, RATE = 3, 4, 1e-3
 TOLERANCE = 1e-5
-# Adam divides by the root of the second moment. With its usual 1e-8 it blows up the rounding of a gradient
-# that is zero in theory, as that of the bias of attention's keys, to steps of the full learning rate, in two
-# runs in two directions. A larger ε keeps a gradient of 1e-9 small, and both sides have the same.
+# Adam divides by the root of the second moment. With its usual ε of 1e-8 it makes of a gradient that is mere
+# rounding a step of visible size: of the tokens of a completion, say, whose reward is exactly its group's
+# mean, and whose advantage is 0 for ours and 3e-8 for TRL. A larger ε keeps such steps small on both sides.
 EPSILON = 1e-5
 END, PAD = "<|im_end|>", "<|endoftext|>"  # special tokens that any Qwen2 tokenizer has
 TEMPLATE = (
