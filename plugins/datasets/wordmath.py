@@ -246,7 +246,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     # A smaller beta over-optimises: chosen and rejected share most of their tokens.
     "dpo": {**OFFLINE, "beta": 0.5, "num_train_epochs": 1.0},
     "kto": {**OFFLINE, "beta": 0.5, "num_train_epochs": 1.0},
-    "orpo": {**OFFLINE, "num_train_epochs": 1.0},
+    # The problems are random draws: learning to write them takes all that the answers would need.
+    "orpo": {**OFFLINE, "num_train_epochs": 1.0, "nll_on": "completion"},
     "cpo": {**OFFLINE, "num_train_epochs": 1.0},
     "sft": {**OFFLINE, "num_train_epochs": 1.0},
     "reward": {**OFFLINE, "learning_rate": 1e-3, "num_train_epochs": 3.0},
