@@ -3,16 +3,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# A process a core, each with one thread.
+PARALLEL := --numprocesses logical --maxprocesses 8 --dist worksteal
+
 .PHONY: demo test test-slow lint clean
 
 demo: .venv/.demo
 	$(BIN)/rlx run --algo ppo --reward exact_match
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: .venv/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "slow and not gpu"
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

@@ -18,26 +18,38 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from rlx.core.batch import Batch, Loss, Pairs, Scores
 from rlx.core.functional import segment_mean, segment_sum
 from rlx.core.options import opt
-from rlx.core.preference import comparison_metrics, of_chosen, power, sides, smoothed
+from rlx.core.preference import comparison_metrics, contrastive_loss, of_chosen, power, sides
 from rlx.plugins.contract import Algorithm
 
 KINDS = ("sigmoid", "hinge", "ipo", "simpo")
-SIMPO, ALPHAPO = "arXiv:2405.14734", "arXiv:2501.03884"
+CPO_PAPER, SIMPO, ALPHAPO = "arXiv:2401.08417", "arXiv:2405.14734", "arXiv:2501.03884"
 
 
 @dataclass(frozen=True)
 class CPOConfig:
     """Options of CPO."""
 
-    beta: float = opt(0.1, "scale of the rewards", gt=0)
-    loss_type: str = opt("sigmoid", "how the chosen one is to exceed the rejected one", choices=KINDS)
-    label_smoothing: float = opt(0.0, "share of wrong labels, for sigmoid and simpo", ge=0, lt=1)
-    cpo_alpha: float = opt(1.0, "weight of the chosen completion's negative log-likelihood", ge=0)
+    beta: float = opt(0.1, "scale of the rewards", gt=0, source=CPO_PAPER)
+    loss_type: str = opt(
+        "sigmoid",
+        "how the chosen one is to exceed the rejected one",
+        choices=KINDS,
+        source=f"{CPO_PAPER}; simpo {SIMPO}",
+    )
+    label_smoothing: float = opt(
+        0.0,
+        "share of wrong labels, for sigmoid and simpo",
+        ge=0,
+        lt=1,
+        source="https://ericmitchell.ai/cdpo.pdf",
+    )
+    cpo_alpha: float = opt(
+        1.0, "weight of the chosen completion's negative log-likelihood", ge=0, source=CPO_PAPER
+    )
     simpo_gamma: float = opt(0.5, "margin between the rewards that simpo asks for", source=SIMPO)
     alpha: float = opt(0.0, "AlphaPO: reward (1 − p^−α)/α; 0: log p", source=ALPHAPO)
 
@@ -66,15 +78,15 @@ class CPO(Algorithm):
         c, counts = self.config, batch.sequences.counts
         reduce = segment_mean if c.loss_type in ("ipo", "simpo") else segment_sum
         logps = reduce(now.logps, counts)
+        terms = contrastive_loss(
+            c.loss_type,
+            *sides(logps),
+            beta=c.beta,
+            smoothing=c.label_smoothing,
+            gamma=c.simpo_gamma,
+            alpha=c.alpha,
+        )
         chosen, rejected = sides(power(logps, -c.alpha))
-        delta = chosen - rejected
-        if c.loss_type == "hinge":
-            terms = F.relu(1 - c.beta * delta)
-        elif c.loss_type == "ipo":
-            terms = (delta - 1 / (2 * c.beta)).square()
-        else:
-            margin = c.simpo_gamma if c.loss_type == "simpo" else 0.0
-            terms = smoothed(c.beta * delta - margin, c.label_smoothing)
         metrics = comparison_metrics(c.beta * chosen, c.beta * rejected)
         metrics |= dict(zip(("logps/chosen", "logps/rejected"), sides(logps.detach()), strict=True))
         if not c.cpo_alpha:

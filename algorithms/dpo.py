@@ -50,13 +50,27 @@ class DPOConfig:
     """Options of DPO."""
 
     beta: float = opt(0.1, "strength of the pull to the reference", gt=0, source="arXiv:2305.18290")
-    loss_type: tuple[str, ...] = opt(("sigmoid",), "one loss or several", choices=KINDS, commas=True)
+    loss_type: tuple[str, ...] = opt(
+        ("sigmoid",),
+        "one loss or several",
+        choices=KINDS,
+        source="arXiv:2305.18290; the others on the page of DPO",
+        commas=True,
+    )
     loss_weights: tuple[float, ...] | None = opt(None, "weight of each loss_type; none: 1 each")
-    label_smoothing: float = opt(0.0, "share of wrong labels, for exo_pair, robust and aot", ge=0, lt=1)
-    f_divergence_type: str = opt("reverse_kl", "divergence from the reference", choices=F_DIVERGENCES)
+    label_smoothing: float = opt(
+        0.0, "share of wrong labels, for exo_pair, robust and aot", ge=0, lt=1, source="arXiv:2403.00409"
+    )
+    f_divergence_type: str = opt(
+        "reverse_kl", "divergence from the reference", choices=F_DIVERGENCES, source="arXiv:2309.16240"
+    )
     f_alpha_divergence_coef: float = opt(0.5, "α of alpha_divergence", source="arXiv:2309.16240")
-    ld_alpha: float | None = opt(None, "weight of tokens past the end of the shorter side", ge=0, le=1)
-    use_weighting: bool = opt(False, "weigh each pair by how likely the policy is to write it")
+    ld_alpha: float | None = opt(
+        None, "weight of tokens past the end of the shorter side", ge=0, le=1, source="arXiv:2409.06411"
+    )
+    use_weighting: bool = opt(
+        False, "weigh each pair by how likely the policy is to write it", source="arXiv:2406.11827"
+    )
     discopop_tau: float = opt(0.05, "temperature of discopop's blend", gt=0, source="arXiv:2406.08414")
     reference_free: bool = opt(False, "take a reference to which all completions are equally likely")
 

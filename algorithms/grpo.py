@@ -15,6 +15,7 @@ Run it: ``rlx run --algo grpo --reward exact_match``
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,12 +24,14 @@ import torch
 
 from rlx.core.batch import Loss, Rollouts, Scores
 from rlx.core.errors import ConfigError
-from rlx.core.functional import group_sum, kl_estimate, moments, segment_mean, spread
+from rlx.core.functional import gather_rows, kl_estimate, quantile, segment_mean, segment_sum, spread
 from rlx.core.options import opt
-from rlx.core.preference import gather_rows
+from rlx.core.policy_gradient import capped_loss, clipped_loss, group_advantages, joint_advantages
 from rlx.plugins.contract import Algorithm, Scorer
 
 LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo")
+LEVELS, SCALES = ("token", "sequence"), ("group", "batch", "none")
+PAPER, DAPO, DR = "arXiv:2402.03300", "arXiv:2503.14476", "arXiv:2503.20783"
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 
 
@@ -36,32 +39,45 @@ AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 class GRPOConfig:
     """Options of GRPO."""
 
-    num_generations: int = opt(8, "completions sampled of each prompt", ge=2)
+    num_generations: int = opt(8, "completions sampled of each prompt", ge=2, source=PAPER)
     num_iterations: int = opt(1, "passes over the completions of one batch", gt=0)
     num_mini_batches: int = opt(1, "optimizer steps of one pass", gt=0)
-    beta: float = opt(0.0, "weight of the KL in the loss; 0 needs no reference", ge=0)
+    beta: float = opt(0.0, "weight of the KL in the loss; 0 needs no reference", ge=0, source=PAPER)
     use_bias_correction_kl: bool = opt(True, "multiply the KL by the ratio", source="arXiv:2512.02556")
     epsilon: float = opt(0.2, "clip range of the ratio below 1", gt=0, source="arXiv:1707.06347")
     epsilon_high: float | None = opt(
         None,
         "clip range above 1 (none: epsilon); with cispo the largest ratio",
         gt=0,
-        source="arXiv:2503.14476",
+        source=DAPO,
     )
     delta: float | None = opt(None, "largest ratio of a bad completion", gt=1, source="arXiv:2505.07291")
-    loss_type: str = opt("dapo", "how terms of tokens are put together", choices=LOSSES)
+    loss_type: str = opt(
+        "dapo",
+        "how terms of tokens are put together",
+        choices=LOSSES,
+        source=f"{PAPER}; dapo {DAPO}; dr_grpo {DR}; cispo arXiv:2506.13585",
+    )
     importance_sampling_level: str = opt(
-        "token", "one ratio a token, or a sequence (GSPO)", choices=("token", "sequence")
+        "token", "one ratio a token, or a sequence (GSPO)", choices=LEVELS, source="arXiv:2507.18071"
     )
     scale_rewards: str = opt(
-        "group", "divide advantages by a deviation of rewards", choices=("group", "batch", "none")
+        "group", "divide advantages by a deviation of rewards", choices=SCALES, source=f"{PAPER}; none {DR}"
     )
-    multi_objective_aggregation: str = opt("sum_then_normalize", "of several rewards", choices=AGGREGATIONS)
-    mask_truncated_completions: bool = opt(False, "learn nothing from cut completions")
-    top_entropy_quantile: float = opt(1.0, "share of tokens, by entropy, that are learned from", gt=0, le=1)
+    multi_objective_aggregation: str = opt(
+        "sum_then_normalize", "of several rewards", choices=AGGREGATIONS, source="arXiv:2601.05242"
+    )
+    mask_truncated_completions: bool = opt(False, "learn nothing from cut completions", source=DAPO)
+    top_entropy_quantile: float = opt(
+        1.0, "share of tokens, by entropy, that are learned from", gt=0, le=1, source="arXiv:2506.01939"
+    )
     entropy_coef: float = opt(0.0, "weight of the entropy bonus", ge=0)
     off_policy_mask_threshold: float | None = opt(
-        None, "mean KL(old‖new) a token above which a bad completion is passed over", ge=0, unit="nats"
+        None,
+        "mean KL(old‖new) a token above which a bad completion is passed over",
+        ge=0,
+        unit="nats",
+        source="arXiv:2512.02556",
     )
 
     def __post_init__(self) -> None:
@@ -72,6 +88,13 @@ class GRPOConfig:
                 got="epsilon_high: none",
                 hint="set epsilon_high: 5.0, the value of its authors",
             )
+        if self.loss_type == "cispo" and self.delta is not None:
+            warnings.warn(
+                "delta has no effect on loss_type cispo, where epsilon_high caps ratios", stacklevel=3
+            )
+        if self.multi_objective_aggregation == "normalize_then_sum" and self.scale_rewards != "group":
+            text = f"scale_rewards {self.scale_rewards} has no effect on normalize_then_sum"
+            warnings.warn(f"{text}, which scales in groups and then over the batch", stacklevel=3)
 
 
 class GRPO(Algorithm):
@@ -108,19 +131,12 @@ class GRPO(Algorithm):
 
     def advantages(self, batch: Rollouts, score: Scorer) -> torch.Tensor:
         """(N,) float32, rewards against those of the group or of the batch; NaN for an unscorable one."""
-        c, groups, rewards = self.config, batch.sequences.groups, batch.total_score.double()
+        c, groups = self.config, batch.sequences.groups
         if c.multi_objective_aggregation == "sum_then_normalize":
-            mean, deviation = group_moments(rewards, groups)
-            if c.scale_rewards == "batch":
-                deviation = moments(rewards[~rewards.isnan()], score.total)[2].sqrt()
-            advantages = rewards - mean
-            return (advantages if c.scale_rewards == "none" else advantages / (deviation + 1e-4)).float()
-        combined = 0 * rewards  # NaN stays NaN
-        for name, values in batch.rewards.items():
-            mean, deviation = group_moments(values.double(), groups)
-            combined += score.reward_weights[name] * ((values - mean) / (deviation + 1e-4)).nan_to_num()
-        _, mean, variance = moments(combined[~combined.isnan()], score.total)
-        return ((combined - mean) / (variance.sqrt() + 1e-4)).float()
+            return group_advantages(batch.total_score, groups, c.scale_rewards, score.total)
+        rewards = torch.stack(list(batch.rewards.values()), dim=1)
+        weights = torch.tensor([score.reward_weights[name] for name in batch.rewards], device=rewards.device)
+        return joint_advantages(rewards, weights, groups, score.total)
 
     def mask(self, batch: Rollouts) -> torch.Tensor:
         """(S,) bool, tokens that count at all: not those of cut completions, if they are masked."""
@@ -139,6 +155,13 @@ class GRPO(Algorithm):
         count: torch.Tensor = flags[by](batch).sum().double() if by in flags else batch.size(by)
         return count
 
+    def idle(self, batch: Rollouts) -> torch.Tensor:
+        """Completions on none of whose tokens KL, entropy bonus or an advantage other than 0 acts."""
+        acts = self.mask(batch) if self.config.beta else self.chosen(batch)
+        if not self.config.beta and not self.config.entropy_coef:
+            acts = acts & (batch.advantages != 0)
+        return segment_sum(acts.long(), batch.sequences.counts) == 0
+
     def loss(self, batch: Rollouts, now: Scores) -> Loss:
         """Clipped policy loss and KL of each token, put together as ``loss_type`` says; entropy bonus."""
         c, counts, mask, chosen = self.config, batch.sequences.counts, self.mask(batch), self.chosen(batch)
@@ -146,54 +169,30 @@ class GRPO(Algorithm):
         if c.importance_sampling_level == "sequence":
             log_ratio = spread(segment_mean(log_ratio, counts), counts)
         ratio = log_ratio.exp()
-        policy, cut = self.policy_loss(ratio, batch.advantages, now.logps)
+        if c.loss_type == "cispo":
+            policy, cut = capped_loss(ratio, batch.advantages, now.logps, most=self.high)
+        else:
+            policy, cut = clipped_loss(ratio, batch.advantages, low=c.epsilon, high=self.high, most=c.delta)
         if c.off_policy_mask_threshold is not None:
             drift = spread(segment_mean(batch.old - now.logps.detach(), counts), counts)
             policy = policy * ((batch.advantages >= 0) | (drift <= c.off_policy_mask_threshold))
         terms = policy * chosen
         entropy = -batch.old if now.entropy is None else now.entropy  # what was sampled, on average
+        acting, counted = chosen.nonzero()[:, 0], mask.nonzero()[:, 0]
         metrics = {
-            "loss/policy": policy[chosen],
-            "entropy": entropy[mask],
-            "policy/ratio": ratio[mask],
-            "policy/approx_kl": (ratio - 1 - log_ratio)[mask],
-            "policy/clip_fraction": cut[chosen].float(),
+            "loss/policy": policy[acting],
+            "entropy": entropy[counted],
+            "policy/ratio": ratio[counted],
+            "policy/approx_kl": (ratio - 1 - log_ratio)[counted],
+            "policy/clip_fraction": cut[acting].float(),
         }
         if c.beta:
             kl = kl_estimate(now.logps, batch.reference, "k3")
-            metrics["kl"] = kl[mask]
+            metrics["kl"] = kl[counted]
             terms = terms + c.beta * mask * (kl * ratio if c.use_bias_correction_kl else kl)
         if c.loss_type == "grpo":
             terms = segment_mean(terms, counts)
         elif c.loss_type == "dr_grpo":
             terms = terms / self.longest
-        bonus = {"bonus_tokens": -c.entropy_coef * entropy[chosen]} if c.entropy_coef else {}
+        bonus = {"bonus_tokens": -c.entropy_coef * entropy[acting]} if c.entropy_coef else {}
         return Loss({self.by: terms, **bonus}, metrics)
-
-    def policy_loss(
-        self, ratio: torch.Tensor, advantages: torch.Tensor, logps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The policy loss of each token (S,), and where a clip bit (S,)."""
-        c = self.config
-        if c.loss_type == "cispo":
-            return -ratio.clamp(max=self.high).detach() * advantages * logps, ratio > self.high
-        free = -advantages * (ratio if c.delta is None else ratio.clamp(max=c.delta))
-        clipped = -advantages * ratio.clamp(1 - c.epsilon, 1 + self.high)
-        return torch.maximum(free, clipped), clipped > free
-
-
-def group_moments(x: torch.Tensor, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and unbiased deviation of the group of each value (N,), NaN left out; a single value's is 0."""
-    count = group_sum((~x.isnan()).to(x), groups)
-    mean = group_sum(x.nan_to_num(), groups) / count.clamp(min=1)
-    squares = group_sum((x - mean).nan_to_num().square(), groups)
-    return mean, (squares / (count - 1).clamp(min=1)).sqrt()
-
-
-def quantile(x: torch.Tensor, q: float) -> float:
-    """The q-quantile of x (K,), linear between its neighbours; infinite if there is none."""
-    if not len(x):
-        return math.inf
-    place = q * (len(x) - 1)
-    below, above = x.sort().values[[math.floor(place), math.ceil(place)]].tolist()
-    return float(below + (place - math.floor(place)) * (above - below))

@@ -24,6 +24,7 @@ import torch
 from rlx.core.batch import Labeled, Loss, Scores
 from rlx.core.functional import moments, segment_sum
 from rlx.core.options import opt
+from rlx.core.preference import labelled_loss
 from rlx.plugins.contract import Algorithm, Scorer
 
 BALANCED = (1.0, 1.33)  # desirable to undesirable, weight × count (arXiv:2402.01306, section 4.2)
@@ -34,9 +35,18 @@ class KTOConfig:
     """Options of KTO."""
 
     beta: float = opt(0.1, "strength of the pull to the reference", gt=0, source="arXiv:2402.01306")
-    loss_type: str = opt("kto", "apo_zero_unpaired needs no KL", choices=("kto", "apo_zero_unpaired"))
-    desirable_weight: float = opt(1.0, "weight of desirable completions", gt=0)
-    undesirable_weight: float = opt(1.0, "weight of undesirable completions", gt=0)
+    loss_type: str = opt(
+        "kto",
+        "apo_zero_unpaired needs no KL",
+        choices=("kto", "apo_zero_unpaired"),
+        source="arXiv:2402.01306; arXiv:2408.06266, equation 7",
+    )
+    desirable_weight: float = opt(
+        1.0, "weight of desirable completions", gt=0, source="arXiv:2402.01306, section 4.2"
+    )
+    undesirable_weight: float = opt(
+        1.0, "weight of undesirable completions", gt=0, source="arXiv:2402.01306, section 4.2"
+    )
 
 
 class KTO(Algorithm):
@@ -52,6 +62,8 @@ class KTO(Algorithm):
         super().__init__(config)
         self.seen = [0.0, 0.0]  # desirable and undesirable rows
         self.told: list[str] = []  # warnings given
+        if config.loss_type == "kto":
+            self.needs |= {"mismatched"}
 
     def prepare(self, batch: Labeled, score: Scorer) -> Labeled:
         """The KL of this batch over all processes, and how its labels are balanced."""
@@ -61,7 +73,7 @@ class KTO(Algorithm):
         if self.config.loss_type == "kto":
             kl = kl + self.kl(batch, score)
         metrics = {"kl": kl, "kto/balance": kl.new_tensor([self.balance(desirable, undesirable)])}
-        batch = replace(batch, kl=kl, metrics=batch.metrics | metrics)
+        batch = replace(batch, kl=kl, mismatched_reference=None, metrics=batch.metrics | metrics)
         if not (desirable and undesirable):
             return batch
         rows = desirable + undesirable
@@ -71,8 +83,10 @@ class KTO(Algorithm):
         """() mean log-ratio of mismatched completions over all processes, at least 0."""
         ratios = batch.sequences.ids.new_zeros(0, dtype=torch.float32)
         if batch.mismatched is not None:
-            policy, reference = (score(batch.mismatched, model).logps for model in ("policy", "reference"))
-            ratios = segment_sum(policy - reference, batch.mismatched.counts)
+            reference = batch.mismatched_reference
+            if reference is None:
+                reference = score(batch.mismatched, "reference").logps
+            ratios = segment_sum(score(batch.mismatched).logps - reference, batch.mismatched.counts)
         count, mean, _ = moments(ratios, score.total)
         if not count:
             text = "a batch of one row has no other row to estimate the KL on; it counts as 0. "
@@ -109,19 +123,25 @@ class KTO(Algorithm):
         c, counts, good = self.config, batch.sequences.counts, batch.desirable
         logps = segment_sum(now.logps, counts)
         ratio = logps - segment_sum(batch.reference, counts)
-        above = c.beta * torch.where(good, ratio - batch.kl, batch.kl - ratio)
-        weight = torch.where(good, c.desirable_weight, c.undesirable_weight)
+        terms = labelled_loss(
+            ratio,
+            good,
+            batch.kl,
+            beta=c.beta,
+            desirable_weight=c.desirable_weight,
+            undesirable_weight=c.undesirable_weight,
+        )
         logps, rewards = logps.detach(), c.beta * ratio.detach()
         metrics = {
             "rewards/chosen": rewards[good],
             "rewards/rejected": rewards[~good],
-            "rewards/accuracies": (above.detach() > 0).float(),
+            "rewards/accuracies": torch.where(good, ratio > batch.kl, ratio < batch.kl).float(),
             "logps/chosen": logps[good],
             "logps/rejected": logps[~good],
         }
         if batch.contrast is not None:  # the mean of it is mean desirable − mean undesirable
             metrics["rewards/margins"] = rewards * batch.contrast
-        return Loss({"sequences": weight * (-above).sigmoid()}, metrics)
+        return Loss({"sequences": terms}, metrics)
 
     def state_dict(self) -> dict[str, Any]:
         """Rows seen of each kind, and which warnings were given."""

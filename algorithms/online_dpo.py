@@ -1,4 +1,4 @@
-"""Online DPO: sample two completions a prompt, let the reward say which is better, and learn from the pair.
+"""Online DPO: sample two completions a prompt, let rewards or a judge say which is better, and learn from it.
 
 The policy samples anew at every step, so the pairs are always its own; the loss is DPO's.
 
@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from rlx.core.batch import Loss, Pairs, Rollouts, Scores
 from rlx.core.functional import segment_sum
 from rlx.core.options import opt
-from rlx.core.preference import comparison_metrics, sides
+from rlx.core.preference import comparison_metrics, contrastive_loss, sides
 from rlx.plugins.contract import Algorithm, Scorer
 
 
@@ -29,9 +28,18 @@ class OnlineDPOConfig:
     """Options of OnlineDPO."""
 
     beta: float = opt(0.1, "strength of the pull to the reference", gt=0, source="arXiv:2305.18290")
-    loss_type: str = opt("sigmoid", "loss of a pair", choices=("sigmoid", "ipo"))
-    num_generations: int = opt(2, "completions of each prompt; best and worst make the pair", ge=2)
-    missing_eos_penalty: float | None = opt(None, "subtracted from the reward of a cut completion", ge=0)
+    loss_type: str = opt(
+        "sigmoid",
+        "loss of a pair",
+        choices=("sigmoid", "ipo"),
+        source="arXiv:2402.04792; ipo arXiv:2310.12036",
+    )
+    num_generations: int = opt(
+        2, "completions of each prompt; best and worst make the pair", ge=2, source="arXiv:2402.04792"
+    )
+    missing_eos_penalty: float | None = opt(
+        None, "subtracted from the reward of a cut completion", ge=0, source="arXiv:2403.17031"
+    )
 
 
 class OnlineDPO(Algorithm):
@@ -46,14 +54,18 @@ class OnlineDPO(Algorithm):
     }
     needs = frozenset({"reference"})
     loss_per = ("rows",)
+    judged = True
 
     def __init__(self, config: OnlineDPOConfig) -> None:
         super().__init__(config)
         self.completions_per_prompt = config.num_generations
 
     def prepare(self, batch: Rollouts, score: Scorer) -> Pairs:
-        """The best and the worst completion of each prompt as a pair; of equal ones the first is better."""
-        rewards = batch.total_score
+        """The best and the worst completion of each prompt as a pair; of equal ones the first is better.
+
+        With a judge, the share of comparisons won decides; a prompt without any verdict makes no pair.
+        """
+        rewards = batch.total_score if batch.wins is None else batch.wins
         if self.config.missing_eos_penalty is not None:
             rewards = rewards - self.config.missing_eos_penalty * (~batch.finished)
         chosen, rejected = best_and_worst(rewards, batch.sequences.groups)
@@ -68,10 +80,7 @@ class OnlineDPO(Algorithm):
         beta, counts = self.config.beta, batch.sequences.counts
         logps, reference = (segment_sum(x, counts) for x in (now.logps, batch.reference))
         chosen, rejected = sides(logps - reference)
-        delta = chosen - rejected
-        loss = -F.logsigmoid(beta * delta)
-        if self.config.loss_type == "ipo":
-            loss = (delta - 1 / (2 * beta)).square()
+        loss = contrastive_loss(self.config.loss_type, chosen, rejected, beta=beta)
         metrics = comparison_metrics(beta * chosen, beta * rejected)
         metrics["logps/chosen"], metrics["logps/rejected"] = sides(logps.detach())
         return Loss({"rows": loss}, metrics)

@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional as F
 
 from rlx.core.batch import Batch, Loss, Pairs, Scores, Sequences
 from rlx.core.functional import segment_mean
 from rlx.core.options import opt
-from rlx.core.preference import comparison_metrics, log1mexp, of_chosen, sides
+from rlx.core.preference import comparison_metrics, odds_ratio_loss, of_chosen, sides
 from rlx.plugins.contract import Algorithm, Scorer
 
 NLL_ON = ("prompt_and_completion", "completion")
@@ -33,7 +32,12 @@ class ORPOConfig:
     """Options of ORPO."""
 
     beta: float = opt(0.1, "weight of the odds-ratio term, the paper's λ", ge=0, source="arXiv:2403.07691")
-    nll_on: str = opt(NLL_ON[0], "which part of the chosen text is imitated", choices=NLL_ON)
+    nll_on: str = opt(
+        NLL_ON[0],
+        "which part of the chosen text is imitated",
+        choices=NLL_ON,
+        source="arXiv:2403.07691, equation 6",
+    )
 
 
 class ORPO(Algorithm):
@@ -43,6 +47,10 @@ class ORPO(Algorithm):
     eats = "pairs"
     defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 1e-6}
     loss_per = ("rows", "chosen_tokens")
+
+    def __init__(self, config: ORPOConfig) -> None:
+        super().__init__(config)
+        self.learns_from_prompts = config.nll_on != "completion"
 
     def size(self, batch: Batch, by: str) -> torch.Tensor:
         """Beside the usual counts, ``chosen_tokens``: scored tokens of the chosen texts."""
@@ -66,8 +74,7 @@ class ORPO(Algorithm):
         counts = owners.bincount(minlength=len(sequences))
         chosen, rejected = sides(segment_mean(now.logps[answer], counts))
         both = counts.view(-1, 2).amin(dim=1) > 0
-        log_odds = (chosen - rejected - log1mexp(chosen) + log1mexp(rejected))[both]
-        odds = -beta * F.logsigmoid(log_odds)
+        odds, log_odds = odds_ratio_loss(chosen[both], rejected[both], beta=beta)
         nll = -of_chosen(now.logps, sequences.counts)
         metrics = comparison_metrics(beta * chosen, beta * rejected) | {
             "logps/chosen": chosen.detach(),

@@ -23,11 +23,13 @@ from rlx.core.batch import Loss, Rollouts, Scores
 from rlx.core.errors import ConfigError
 from rlx.core.functional import RunningMoments, gae, kl_estimate, last_token, moments, segment_sum, whiten
 from rlx.core.options import opt
+from rlx.core.policy_gradient import clipped_loss, value_loss
 from rlx.plugins.contract import Algorithm, Scorer
 
 KINDS_OF_KL = ("k1", "k2", "k3", "abs", "full")
 SCALINGS = ("none", "std", "standardise")
 N_PLUS, ADAPTIVE = "arXiv:2403.17031", "arXiv:1909.08593, section 2.2"
+ESTIMATES = "http://joschu.net/blog/kl-approx.html"
 
 
 @dataclass(frozen=True)
@@ -36,25 +38,37 @@ class PPOConfig:
 
     num_ppo_epochs: int = opt(4, "passes over the rollouts of one batch", gt=0)
     num_mini_batches: int = opt(1, "optimizer steps of one pass", gt=0)
-    num_generations: int = opt(1, "completions sampled of each prompt", gt=0)
-    kl_coef: float = opt(0.05, "weight of the KL penalty in the reward; 0 needs no reference", ge=0)
-    kl_estimator: str = opt("k1", "estimate of the KL at each token", choices=KINDS_OF_KL)
-    kl_controller: str = opt("fixed", "adaptive steers the KL to kl_target", choices=("fixed", "adaptive"))
+    num_generations: int = opt(1, "completions sampled of each prompt", gt=0, source=N_PLUS)
+    kl_coef: float = opt(
+        0.05, "weight of the KL penalty in the reward; 0 needs no reference", ge=0, source=N_PLUS
+    )
+    kl_estimator: str = opt("k1", "estimate of the KL at each token", choices=KINDS_OF_KL, source=ESTIMATES)
+    kl_controller: str = opt(
+        "fixed", "adaptive steers the KL to kl_target", choices=("fixed", "adaptive"), source=ADAPTIVE
+    )
     kl_target: float = opt(6.0, "adaptive steers to it", gt=0, unit="nats a sequence", source=ADAPTIVE)
-    kl_horizon: float = opt(10000, "rollouts over which adaptive acts", gt=0, unit="rollouts")
+    kl_horizon: float = opt(
+        10000, "rollouts over which adaptive acts", gt=0, unit="rollouts", source=ADAPTIVE
+    )
     cliprange: float = opt(0.2, "clip range of the ratio", gt=0, source="arXiv:1707.06347, equation 7")
     cliprange_value: float = opt(0.2, "clip range of a value around its old one", gt=0, source=N_PLUS)
-    vf_coef: float = opt(0.1, "weight of the value loss", ge=0)
+    vf_coef: float = opt(0.1, "weight of the value loss", ge=0, source=N_PLUS)
     entropy_coef: float = opt(0.0, "weight of the entropy bonus", ge=0, source="arXiv:1707.06347, equation 9")
-    gamma: float = opt(1.0, "discount", gt=0, le=1)
+    gamma: float = opt(1.0, "discount", gt=0, le=1, source="arXiv:1506.02438")
     lam: float = opt(0.95, "GAE: 0 one step, 1 Monte Carlo", ge=0, le=1, source="arXiv:1506.02438")
     whiten_rewards: bool = opt(False, "divide rewards by their deviation, mean kept", source=N_PLUS)
     whiten_advantages: bool = opt(True, "scale advantages to mean 0, variance 1", source=N_PLUS)
-    score_scaling: str = opt("none", "by running moments of the scores: std divides", choices=SCALINGS)
+    score_scaling: str = opt(
+        "none", "by running moments of the scores: std divides", choices=SCALINGS, source="arXiv:2307.04964"
+    )
     score_clip: float | None = opt(None, "clip scores to ± this, after scaling", gt=0)
-    missing_eos_penalty: float | None = opt(None, "subtracted from the score of a cut completion", ge=0)
-    stop_token: str = opt("none", "truncate after this token: none, or eos", choices=("none", "eos"))
-    stop_token_id: int | None = opt(None, "truncate after this token", ge=0)
+    missing_eos_penalty: float | None = opt(
+        None, "subtracted from the score of a cut completion", ge=0, source=N_PLUS
+    )
+    stop_token: str = opt(
+        "none", "truncate after this token: none, or eos", choices=("none", "eos"), source=N_PLUS
+    )
+    stop_token_id: int | None = opt(None, "truncate after this token", ge=0, source=N_PLUS)
     target_kl: float | None = opt(None, "end an update when KL(old‖new) passes 1.5 × this", gt=0, unit="nats")
     ratio_threshold: float = opt(10.0, "skip a mini-batch whose mean ratio is above", gt=1)
 
@@ -144,7 +158,7 @@ class PPO(Algorithm):
         c = self.config
         log_ratio = now.logps - batch.old
         ratio = log_ratio.exp()
-        policy, policy_cut = policy_loss(ratio, batch.advantages, c.cliprange)
+        policy, policy_cut = clipped_loss(ratio, batch.advantages, low=c.cliprange, high=c.cliprange)
         value, value_cut = value_loss(now.values, batch.values, batch.returns, c.cliprange_value)
         # Without the bonus nobody pays for the exact entropy: −logp of the sampled tokens estimates it.
         entropy = -batch.old if now.entropy is None else now.entropy
@@ -174,19 +188,3 @@ class PPO(Algorithm):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
         self.kl_coef, self.seen = state["kl_coef"], RunningMoments(**state["seen"])
-
-
-def policy_loss(
-    ratio: torch.Tensor, advantages: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """max(−A·ratio, −A·clamp(ratio, 1 ± clip)) (S,), and where the clip bit (S,) (arXiv:1707.06347)."""
-    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return torch.maximum(free, clipped), clipped > free
-
-
-def value_loss(
-    values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """½·max((V − R)², (clamp(V, old ± clip) − R)²) (S,), and where the clip bit (S,) (arXiv:2403.17031)."""
-    free, clipped = (values - returns).square(), (values.clamp(old - clip, old + clip) - returns).square()
-    return torch.maximum(free, clipped) / 2, clipped > free

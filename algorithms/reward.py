@@ -13,11 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch.nn import functional as F
-
 from rlx.core.batch import Loss, Pairs, Scores
 from rlx.core.options import opt
-from rlx.core.preference import comparison_metrics, sides
+from rlx.core.preference import comparison_metrics, reward_loss, sides
 from rlx.plugins.contract import Algorithm
 
 
@@ -43,9 +41,7 @@ class RewardModel(Algorithm):
         """−log σ(chosen − rejected − margin) + coefficient·(chosen + rejected)², a term a pair."""
         chosen, rejected = sides(now.reward)
         margin = 0.0 if batch.margin is None else batch.margin
-        terms = -F.logsigmoid(chosen - rejected - margin)
-        if self.config.center_rewards_coefficient is not None:
-            terms = terms + self.config.center_rewards_coefficient * (chosen + rejected).square()
+        terms = reward_loss(chosen, rejected, margin, centering=self.config.center_rewards_coefficient)
         scores = now.reward.detach()
         metrics = comparison_metrics(chosen, rejected) | {"reward/mean": scores}
         # Of each pair, not of the batch: extremes of micro-batches would depend on how the batch is cut.

@@ -20,8 +20,9 @@ import torch
 
 from rlx.core.batch import Loss, Rollouts, Scores
 from rlx.core.errors import ConfigError
-from rlx.core.functional import group_sum, moments, segment_mean, segment_sum, spread
+from rlx.core.functional import moments, segment_mean, segment_sum, spread
 from rlx.core.options import opt
+from rlx.core.policy_gradient import clipped_loss, leave_one_out
 from rlx.plugins.contract import Algorithm, Scorer
 
 
@@ -29,15 +30,21 @@ from rlx.plugins.contract import Algorithm, Scorer
 class RLOOConfig:
     """Options of RLOO."""
 
-    num_generations: int = opt(2, "completions sampled of each prompt", ge=2)
+    num_generations: int = opt(2, "completions sampled of each prompt", ge=2, source="arXiv:2402.14740")
     num_iterations: int = opt(1, "passes over the completions of one batch", gt=0)
     num_mini_batches: int = opt(1, "optimizer steps of one pass", gt=0)
-    beta: float = opt(0.05, "weight of the KL in the reward; 0 needs no reference", ge=0)
+    beta: float = opt(
+        0.05, "weight of the KL in the reward; 0 needs no reference", ge=0, source="arXiv:2402.14740"
+    )
     epsilon: float = opt(0.2, "clip range of the ratio below 1", gt=0, source="arXiv:1707.06347, equation 7")
-    epsilon_high: float | None = opt(None, "clip range above 1; none: epsilon", gt=0)
+    epsilon_high: float | None = opt(
+        None, "clip range above 1; none: epsilon", gt=0, source="arXiv:2503.14476"
+    )
     normalize_advantages: bool = opt(False, "scale the batch's advantages to mean 0, deviation 1")
     reward_clip_range: tuple[float, ...] | None = opt(None, "lowest and highest reward, before the KL")
-    missing_eos_penalty: float | None = opt(None, "subtracted from the reward of a cut completion", ge=0)
+    missing_eos_penalty: float | None = opt(
+        None, "subtracted from the reward of a cut completion", ge=0, source="arXiv:2403.17031"
+    )
 
     def __post_init__(self) -> None:
         limits = self.reward_clip_range
@@ -84,29 +91,21 @@ class RLOO(Algorithm):
         metrics["advantages/zero"] = (advantages.nan_to_num() == 0).float()
         return replace(batch, advantages=spread(advantages.nan_to_num(), counts), metrics=metrics)
 
+    def idle(self, batch: Rollouts) -> torch.Tensor:
+        """Completions with advantage 0: their ratio is multiplied by it."""
+        return segment_sum(batch.advantages.abs(), batch.sequences.counts) == 0
+
     def loss(self, batch: Rollouts, now: Scores) -> Loss:
         """−min(ratio·A, clamp(ratio)·A), a term a completion, with the ratio of the whole completion."""
         counts = batch.sequences.counts
         log_ratio = segment_sum(now.logps - batch.old, counts)
         ratio, advantages = log_ratio.exp(), segment_mean(batch.advantages, counts)
-        free, clipped = (
-            -advantages * ratio,
-            -advantages * ratio.clamp(1 - self.config.epsilon, 1 + self.high),
-        )
-        policy = torch.maximum(free, clipped)
+        policy, cut = clipped_loss(ratio, advantages, low=self.config.epsilon, high=self.high)
         metrics = {
             "loss/policy": policy,
             "entropy": -batch.old,  # what was sampled, on average
             "policy/ratio": ratio,
             "policy/approx_kl": ratio - 1 - log_ratio,
-            "policy/clip_fraction": (clipped > free).float(),
+            "policy/clip_fraction": cut.float(),
         }
         return Loss({"sequences": policy}, metrics)
-
-
-def leave_one_out(rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """R − the mean of the other rewards of its group (N,); NaN for a NaN reward and one without others."""
-    exact = rewards.double()  # so that equal rewards have advantage 0, and not almost
-    others = group_sum((~rewards.isnan()).double(), groups) - 1
-    sums = group_sum(exact.nan_to_num(), groups)
-    return (exact - (sums - exact) / others.where(others > 0, torch.nan)).float()

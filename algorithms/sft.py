@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rlx.core.batch import Demonstrations, Loss, Scores
+from rlx.core.functional import imitation_loss
 from rlx.core.options import opt
 from rlx.plugins.contract import Algorithm
 
@@ -41,9 +42,7 @@ class SFT(Algorithm):
 
     def loss(self, batch: Demonstrations, now: Scores) -> Loss:
         """−log p, or −p·log p with p a constant, a term a token."""
-        terms = -now.logps
-        if self.config.loss_type == "dft":
-            terms = now.logps.detach().exp() * terms
+        terms = imitation_loss(now.logps, self.config.loss_type)
         metrics = {
             "loss/nll": -now.logps.detach(),
             "entropy": now.entropy.detach(),

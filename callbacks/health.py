@@ -36,7 +36,7 @@ CHECKS: dict[str, Check] = {
         " that is scored. Compare temperature, top_p and generation_dtype, and leave disable_dropout on.",
     ),
     "equal_rewards": Check(
-        lambda now, first: now["reward/std"] < 1e-8,
+        lambda now, first: "reward" in now and now["reward/std"] < 1e-8,  # no reward: none applied
         5,
         "All rewards are equal ({reward:.4g}) for five log lines: there is nothing to learn from. The task"
         " may be solved or out of reach, or the reward never fires: see completions.jsonl, `rlx reward try`.",

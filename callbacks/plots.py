@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "reward": ("Reward", "", ("reward", "eval/reward", "rewards/margins", "eval/rewards/margins")),
     "accuracy": ("Preference accuracy", "", ("rewards/accuracies", "eval/rewards/accuracies")),
+    "win_rate": ("Win rate", "", ("eval/win_rate", "eval/win_rate/low", "eval/win_rate/high")),
     "loss": ("Loss", "", ("loss", "eval/loss", "loss/policy", "loss/value")),
     "kl": ("KL to the reference", "nats", ("kl", "kl/sequence", "policy/approx_kl")),
     "entropy": ("Entropy", "nats a token", ("entropy",)),
@@ -131,7 +132,7 @@ def _single_rewards(history: History) -> list[str]:
         name
         for line in history
         for name in line
-        if name.startswith("reward/") and not name.endswith(("/seconds", "/errors"))
+        if name.startswith("reward/") and name.count("/") == 1  # more: what a reward tells of itself
     } - other
     return sorted(names) if len(names) > 1 else []
 

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlx.core.text import safe_text
@@ -43,6 +46,7 @@ class RichProgress(Callback):
         super().__init__(config)
         self._mode = "none"
         self._live: Live | None = None
+        self._restore: Any = None  # our handler of SIGTERM
         self._began, self._first_step = time.monotonic(), 0
         self._samples: list[tuple[str, str, float | None]] = []
 
@@ -66,20 +70,42 @@ class RichProgress(Callback):
             refresh_per_second=REFRESH,
             vertical_overflow="crop",
         )
-        self._live.start()
-        atexit.register(
-            self.close, run
-        )  # a run that is left without on_run_end must not leave a broken terminal
+        # First of all: a run that is left without on_run_end must not leave a broken terminal, nor one that
+        # is interrupted just while the panel opens.
         run.printers.append(self._print)
+        atexit.register(self.shut, run)
+        self._close_on_sigterm(run)
+        self._live.start()
 
-    def close(self, run: Any) -> None:
+    def _close_on_sigterm(self, run: Any) -> None:
+        """A process that nobody taught to catch SIGTERM dies of it without running what atexit holds."""
+        main = threading.current_thread() is threading.main_thread()
+        if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return
+
+        def restore(signum: int, frame: FrameType | None) -> None:
+            self.shut(run)
+            signal.raise_signal(signum)
+
+        signal.signal(signal.SIGTERM, restore)
+        self._restore = restore
+
+    def shut(self, run: Any) -> None:
         """Draw the panel a last time and give the terminal back; a second call does nothing."""
         live, self._live = self._live, None
         if live is None:
             return
         run.printers.remove(self._print)
-        atexit.unregister(self.close)
-        live.stop()
+        atexit.unregister(self.shut)
+        restore, self._restore = self._restore, None
+        if restore is not None and signal.getsignal(signal.SIGTERM) is restore:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        try:
+            live.stop()
+        except IndexError:  # rich had hidden the cursor, and was interrupted before it had done the rest
+            pass
+        finally:
+            live.console.show_cursor(True)
 
     @hookimpl
     def on_rollouts(self, run: Any, rollouts: Rollouts) -> None:
@@ -100,7 +126,7 @@ class RichProgress(Callback):
     @hookimpl
     def on_run_end(self, run: Any) -> None:
         """Close the panel, after success or failure alike."""
-        self.close(run)
+        self.shut(run)
 
     def panel(self, run: Any, console: Console) -> RenderableType:
         """What the live panel shows now."""
@@ -155,7 +181,7 @@ class RichProgress(Callback):
         try:
             yield
         except BaseException:
-            self.close(run)
+            self.shut(run)
             raise
 
 

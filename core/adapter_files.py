@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,43 @@ from rlx.core.pretrained import ADAPTER_CONFIG_FILE, check_safetensors_file, rea
 from rlx.core.text import safe_text
 
 ADAPTER_FILE = "adapter_model.safetensors"
-_CAUSAL = (None, "CAUSAL_LM")
+CAUSAL_TASKS: tuple[str | None, ...] = (None, "CAUSAL_LM")
+CLASSIFIER_TASKS: tuple[str | None, ...] = ("SEQ_CLS",)
+_SCORE = "base_model.model.score."  # where peft keeps the head of a classifier's adapter
+_FIXES = {
+    "SEQ_CLS": "it scores texts: train it on with --algo reward, or take it as a reward: --reward lora:DIR",
+    "CAUSAL_LM": "it has no score head: merge it into its base, and start there with --model and --lora-r",
+}
 
 
-def check_folder(model: nn.Module, folder: Path) -> str:
-    """Compare an adapter folder with the model it is meant for; the base id it names, for messages."""
+def check_adapter(model: nn.Module, folder: Path, *, classifier: bool) -> str:
+    """As ``check_folder``, for an adapter that is all there is: a classifier's brings its score head.
+
+    Raises:
+        ConfigError: as there, and for a classifier without a head of one score.
+    """
+    described = check_folder(model, folder, CLASSIFIER_TASKS if classifier else CAUSAL_TASKS)
+    if classifier and score_head(folder) is None:
+        raise ConfigError(
+            "the adapter of a classifier has no score head",
+            code="E-ADAPTER",
+            where=str(folder / ADAPTER_FILE),
+            expected="a weight called score, as --algo reward saves it",
+        )
+    return described
+
+
+def check_folder(model: nn.Module, folder: Path, tasks: Collection[str | None]) -> str:
+    """Compare an adapter folder with the model it is meant for; the base id it names, for messages.
+
+    Args:
+        model: the base, bare or with adapters.
+        folder: what peft's ``save_pretrained`` wrote.
+        tasks: the task types that will do, None for a configuration that names none.
+
+    Raises:
+        ConfigError: no adapter, one for another task, or one for a base of other modules or shapes.
+    """
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         raise ConfigError(
             f"adapter {str(folder)!r} is not an adapter folder",
@@ -26,13 +59,15 @@ def check_folder(model: nn.Module, folder: Path) -> str:
             expected="a folder that peft's save_pretrained wrote",
         )
     config = read_json(folder / ADAPTER_CONFIG_FILE)
-    if config.get("task_type") not in _CAUSAL:
+    task = config.get("task_type")
+    if task not in tasks:
         raise ConfigError(
             "the adapter is for another task",
             code="E-ADAPTER",
             where=str(folder),
-            got=safe_text(config["task_type"], 40),
-            expected="CAUSAL_LM",
+            got=safe_text(task or "no task", 40),
+            expected=" or ".join(one for one in tasks if one),
+            hint=_FIXES.get(task or "CAUSAL_LM", ""),
         )
     file = folder / ADAPTER_FILE
     if not file.is_file():
@@ -46,6 +81,33 @@ def check_folder(model: nn.Module, folder: Path) -> str:
     if config.get("peft_type") == "LORA":
         _check_lora_shapes(model, file, config)
     return str(config.get("base_model_name_or_path"))
+
+
+def score_head(folder: Path) -> tuple[Tensor, Tensor | None] | None:
+    """Weight (1, D) and bias (1,), if it has one, of the score head in an adapter; None if there is no head.
+
+    Raises:
+        ConfigError: it gives several scores.
+    """
+    from safetensors import safe_open
+
+    file = folder / ADAPTER_FILE
+    with safe_open(str(file), framework="pt") as tensors:
+        weight, bias = (
+            tensors.get_tensor(_SCORE + name) if _SCORE + name in tensors.keys() else None
+            for name in ("weight", "bias")
+        )
+    if weight is None:
+        return None
+    if weight.shape[0] != 1:
+        raise ConfigError(
+            "the adapter's score head gives no single score",
+            code="E-ADAPTER",
+            where=f"{_SCORE}weight in {file}",
+            got=f"{weight.shape[0]} labels",
+            expected="one label",
+        )
+    return weight, bias
 
 
 def _check_lora_shapes(model: Any, file: Path, config: dict[str, Any]) -> None:

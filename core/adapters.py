@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from rlx.core.adapter_files import ADAPTER_FILE, check_folder, linear_names
+from rlx.core.adapter_files import ADAPTER_FILE, check_adapter, linear_names
 from rlx.core.errors import ConfigError
 from rlx.core.pretrained import check_finite, check_safetensors_file, fill
 from rlx.core.text import safe_text
@@ -121,7 +121,12 @@ def _targets(names: Sequence[str]) -> str | list[str]:
 
 
 def load_adapter(
-    model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = True
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    trainable: bool = True,
+    classifier: bool = False,
 ) -> Any:
     """The model with an adapter from a folder, after checking that it fits.
 
@@ -131,6 +136,7 @@ def load_adapter(
         name: the adapter's name from now on; None for ``default`` or the next free name.
         trainable: whether it is put to use and trained on; otherwise it is frozen, and the adapter in use
             stays in use.
+        classifier: the model is a sequence classifier; the adapter brings its score head.
 
     Raises:
         ConfigError: not an adapter, for another task, or for a base of other shapes.
@@ -139,7 +145,7 @@ def load_adapter(
 
     folder, wrapper = Path(folder), wrapper_of(model)
     name = name or free_name(model)
-    described = check_folder(model if wrapper is None else wrapper, folder)
+    described = check_adapter(model if wrapper is None else wrapper, folder, classifier=classifier)
     try:
         with _hushed():
             if wrapper is None:
@@ -288,6 +294,45 @@ def set_dropout(model: Any, probability: float, *, name: str = TRAINED) -> None:
         held = getattr(module, "lora_dropout", None)  # only peft's LoRA layers have it
         if held is not None and name in held:
             held[name] = nn.Dropout(probability) if probability else nn.Identity()
+
+
+def add_frozen(model: Any, name: str, config: Any, weights: Mapping[str, Tensor], *, where: str) -> None:
+    """Add a frozen adapter; the one in use stays in use, and where this fails nothing is added.
+
+    Args:
+        model: a PeftModel.
+        name: of the new adapter.
+        config: its peft configuration.
+        weights: by the names under which peft saves them.
+        where: what they come from, for messages.
+
+    Raises:
+        ConfigError: the weights are not those of such an adapter on this model.
+    """
+    from peft import get_peft_model_state_dict
+
+    config.inference_mode = True
+    with _hushed(), _kept(model):
+        try:
+            model.add_adapter(name, config)
+            fill(
+                get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False),
+                weights,
+                where=where,
+            )
+        except (ConfigError, ValueError) as error:
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                "the adapter does not fit the model",
+                code="E-ADAPTER",
+                where=where,
+                got=safe_text(error, 300),
+            ) from error
+    for parameter in adapter_parameters(model, name).values():
+        parameter.requires_grad_(False)
 
 
 def snapshot(model: Any, name: str, *, of: str) -> None:

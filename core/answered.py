@@ -109,11 +109,8 @@ def answered(
     check: Callable[[Row], str] = lambda row: "",
 ) -> Answered:
     """Opened rows rendered, tokenised, and cut to the limit; arguments and errors as in ``load_answered``."""
-    ledger = opened.ledger
-    template = ChatTemplate(
-        ChatTemplate.Config(template=settings.chat_template, system_prompt=settings.system_prompt)
-    )
-    rows = rendered(opened, template, tokenizer, check)
+    ledger, template = opened.ledger, opened.template
+    rows = rendered(opened, tokenizer, check)
     ids = tokenised_answers(rows, len(opened.answers), tokenizer)
     limit = length_limit(settings, tokenizer, max_positions)
     kept = _fitted(rows, ids, limit, settings.truncation_mode, ledger)
@@ -130,12 +127,10 @@ def answered(
     )
 
 
-def rendered(
-    opened: Opened, template: ChatTemplate, tokenizer: Any, check: Callable[[Row], str] = lambda row: ""
-) -> list[Row]:
+def rendered(opened: Opened, tokenizer: Any, check: Callable[[Row], str] = lambda row: "") -> list[Row]:
     """Opened rows with what ``RenderAnswers`` gives; arguments and errors as in ``load_answered``."""
     ledger = opened.ledger
-    rows = apply(RenderAnswers(template, opened.answers), opened.rows, tokenizer, ledger)
+    rows = apply(RenderAnswers(opened.template, opened.answers), opened.rows, tokenizer, ledger)
     ledger.unusable([(row, reason) for row in rows if (reason := check(row))])
     rows = [row for row in rows if not check(row)]
     ledger.check_left(rows)

@@ -7,7 +7,9 @@ written with dashes or underscores. Nothing is abbreviated and nothing is droppe
 
 from __future__ import annotations
 
+import os
 import re
+import typing
 from typing import Any
 
 from rlx.core.errors import ConfigError, ErrorGroup, RlxError
@@ -40,6 +42,13 @@ def parse_arguments(argv: list[str]) -> tuple[dict[str, Any], dict[str, str], li
     return reader.values, reader.where, reader.positional
 
 
+def switch_words(option: Option) -> tuple[str, ...]:
+    """Words that may follow a flag which alone means true; none for an option that needs a value."""
+    literals = typing.get_args(option.type) if typing.get_origin(option.type) is typing.Literal else ()
+    switch = option.type is bool or any(one is True for one in literals)
+    return TRUE + FALSE + tuple(one for one in literals if isinstance(one, str)) if switch else ()
+
+
 class _Reader:
     """One pass over the words."""
 
@@ -53,6 +62,7 @@ class _Reader:
 
     def read(self) -> None:
         """Consume all words."""
+        before = ""
         while self.words:
             word = self.words.pop(0)
             match = _FLAG.fullmatch(word)
@@ -64,7 +74,20 @@ class _Reader:
             elif word.startswith("-") and word != "-":
                 self._problem(f"{safe_text(word, 80)!r} is no flag", hint="flags are written --name value")
             else:
-                self.positional.append(word)
+                self._apart(word, before)
+            before = word
+
+    def _apart(self, word: str, before: str) -> None:
+        """A word that belongs to no flag: the config file, or a second value of the flag before it."""
+        flag = before.partition("=")[0]
+        if flag not in self.where.values() or word.endswith((".yaml", ".yml")) or os.path.exists(word):
+            self.positional.append(word)
+        else:
+            shown = safe_text(word, 80)
+            self._problem(
+                f"{shown!r} after {flag} is neither its value nor a config file",
+                hint=f"an option that takes several values is repeated: {flag} … {flag} {shown}",
+            )
 
     def _flag(self, written: str, value: str | None) -> None:
         name, flag = written.replace("-", "_"), f"--{written}"
@@ -72,7 +95,7 @@ class _Reader:
         if option is None and name.startswith("no_") and value is None and "." not in name:
             name, value = name[3:], "false"
             option = self.core.get(name)
-            if option is not None and option.type is not bool:
+            if option is not None and not switch_words(option):
                 self._problem(
                     f"{flag}: {name} is no switch", hint=f"leave --{written[3:]} out, or give it a value"
                 )
@@ -87,8 +110,8 @@ class _Reader:
     def _value(self, option: Option | None) -> str | None:
         """The flag's value: the next word, or ``true`` for a switch; None if it is missing."""
         following = self.words[0] if self.words else None
-        if option is not None and option.type is bool:
-            takes = following is not None and following.lower() in TRUE + FALSE
+        if option is not None and (words := switch_words(option)):
+            takes = following is not None and following.lower() in words
             return self.words.pop(0) if takes else "true"
         if following is None or following.startswith("--"):
             # An algorithm's switch is not known here; what is no switch will refuse "true".

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import manifest, plan
+from rlx.core.closing import close_all
 from rlx.core.data import check_data
 from rlx.core.errors import ConfigError, RlxError
 from rlx.core.fingerprints import fingerprints
 from rlx.core.folder import RunFolder
+from rlx.core.geometry import processes
+from rlx.core.judging import JudgeRunner
 from rlx.core.models import load_tokenizer, ready_tokenizer
 from rlx.core.order import Order
 from rlx.core.pretrained import Source, load_config
+from rlx.core.reference import check_reference_options
 from rlx.core.scoring import NamedReward, RewardRunner
 from rlx.plugins.events import Events, global_hooks
-from rlx.plugins.references import make
+from rlx.plugins.references import make, resolve
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from rlx.core.config import RunConfig
     from rlx.core.data import Data
     from rlx.core.loop import Run
+    from rlx.core.models import Policy
     from rlx.core.settings import Settings
     from rlx.plugins.contract import Algorithm
 
@@ -38,23 +44,33 @@ class Checked:
         config: the resolved configuration.
         algorithm: built.
         rewards: the runner, or None.
+        judge: the runner, or None.
         tokenizer: with a pad token.
         data: training prompts.
         eval_data: held-out prompts, or None.
         order: rows of each batch.
         model_config: the model's own configuration.
         plan: what will be done, a line each.
+        callbacks: name → callback, of those that were chosen, built.
     """
 
     config: RunConfig
     algorithm: Algorithm
     rewards: RewardRunner | None
+    judge: JudgeRunner | None
     tokenizer: Any
     data: Data
     eval_data: Data | None
     order: Order
     model_config: Any
     plan: list[str]
+    callbacks: Mapping[str, Any]
+
+    def close(self) -> None:
+        """Let rewards, judge and callbacks give back what they hold: workers, connections."""
+        given = [component.ref for component in self.config.callbacks]  # objects: their owner's to close
+        own = [one for one in self.callbacks.values() if not any(one is other for other in given)]
+        close_all(self.rewards, self.judge, *own)
 
 
 def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
@@ -70,7 +86,31 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
     global_hooks().rlx_validate(config=config)
     settings = config.settings
     algorithm: Algorithm = config.algorithm.make()
-    rewards = build_rewards(config)
+    check_reference_options(settings, algorithm, config.algorithm)
+    built: list[Any] = []
+    try:
+        built.append(rewards := build_rewards(config))
+        built.append(judge := build_judge(config))
+        callbacks: dict[str, Any] = {}
+        for component in config.callbacks:
+            callbacks[component.name] = made = component.make()
+            built += [] if made is component.ref else [made]
+        return _check_parts(config, objects, algorithm, rewards, judge, callbacks)
+    except BaseException:
+        close_all(*built)
+        raise
+
+
+def _check_parts(
+    config: RunConfig,
+    objects: Mapping[str, Any],
+    algorithm: Algorithm,
+    rewards: RewardRunner | None,
+    judge: JudgeRunner | None,
+    callbacks: Mapping[str, Any],
+) -> Checked:
+    """Tokenizer, data and sizes, and what the rewards say of two rows."""
+    settings = config.settings
     report: list[str] = []
     model_config = _model_config(settings, objects)
     tokenizer = _tokenizer(config, objects, algorithm, report)
@@ -82,6 +122,8 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
         columns_needed=rewards.columns_needed if rewards else {},
         max_positions=_max_positions(model_config),
     )
+    if judge is not None:
+        judge.check_columns(data.prompts.columns)
     order = Order(
         len(data),
         settings.batch_size,
@@ -94,14 +136,23 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
     if eval_data is not None:
         lines += [f"evaluation: {line}" for line in eval_data.report]
     if rewards is not None and algorithm.eats == "prompts":
-        lines += plan.try_rewards(rewards, data.prompts)
-    return Checked(config, algorithm, rewards, tokenizer, data, eval_data, order, model_config, lines)
+        ready = [reward.name for reward in rewards.rewards if reward.name not in rewards.waiting]
+        lines += plan.try_rewards(rewards.only(ready), data.prompts)
+        sampler = resolve("generator", config.generator.ref)
+        completions = math.ceil(settings.batch_size / processes()) * algorithm.completions_per_prompt
+        lines += plan.overlapped(rewards, sampler, settings, completions)
+    return Checked(
+        config, algorithm, rewards, judge, tokenizer, data, eval_data, order, model_config, lines, callbacks
+    )
 
 
 def dry_run(config: RunConfig, objects: Mapping[str, Any]) -> list[str]:
     """Check everything, load nothing, and return the plan."""
     checked = check(config, objects)
-    return checked.plan + plan.memory_before_loading(checked, objects.get("model"))
+    try:
+        return checked.plan + plan.memory_before_loading(checked, objects.get("model"))
+    finally:
+        checked.close()
 
 
 def assemble(
@@ -123,16 +174,18 @@ def assemble(
         RlxError: whatever is wrong; a run folder made here is given back.
     """
     checked = check(config, objects)
-    accelerator = build_accelerator(config)
-    if reopened:
-        return _with_weights(checked, objects, accelerator, folder)
-    made, checked = _make_folder(checked, accelerator)
+    made: RunFolder | None = None
     try:
+        accelerator = build_accelerator(config)
+        if reopened:
+            return _with_weights(checked, objects, accelerator, folder)
+        made, checked = _make_folder(checked, accelerator)
         run = _with_weights(checked, objects, accelerator, made)
         begin(run)
     except BaseException:
         if made is not None:
             made.discard()
+        checked.close()
         raise
     return run
 
@@ -175,6 +228,7 @@ def _with_weights(
 ) -> Run:
     from rlx.core.loop import Run
     from rlx.core.models import load_policy
+    from rlx.core.peers import agreed
     from rlx.core.precompute import precompute_all
     from rlx.core.reference import build_reference
     from rlx.core.rollout import Studio
@@ -200,42 +254,67 @@ def _with_weights(
     reference = None
     if algorithm.needs & {"reference", "kl"}:
         reference = build_reference(settings, policy, accelerator, objects.get("reference_model"))
+    tried = _attach(checked, policy)
     stops = tuple(sorted({*policy.stop_token_ids, *algorithm.stop_token_ids}))
-    studio = Studio(policy, reference, config.generator.make(), checked.rewards, settings, accelerator, stops)
+    checkpointing = plan.checkpointing(policy, reference, settings, accelerator)
+    budget = plan.budget(policy, reference, settings, accelerator)
+    studio = Studio(
+        policy, reference, config.generator.make(), checked.rewards, settings, accelerator, stops, budget,
+        checked.judge,
+    )  # fmt: skip
     updates = checked.order.total_steps * algorithm.epochs * algorithm.mini_batches
-    updater = Updater(policy, algorithm, settings, accelerator, updates)
-    lines = checked.plan + policy.report + plan.weights(policy, reference, algorithm, settings, accelerator)
+    updater = Updater(policy, algorithm, settings, accelerator, updates, budget)
+    lines = checked.plan + tried + policy.report
+    lines += plan.weights(policy, reference, algorithm, settings, accelerator, budget)
+    lines.append(checkpointing)
     data, eval_data = checked.data, checked.eval_data
     if settings.precompute_ref_log_probs:
         data, eval_data = precompute_all(data, eval_data, studio, algorithm, lines.append)
     run = Run(
         config, accelerator, policy, algorithm, studio, updater, data, eval_data,
-        checked.order, Events(policy.active), folder, lines,
+        checked.order, Events(policy.active, agreed), folder, lines,
         fingerprints=fingerprints(config, getattr(checked.model_config, "_commit_hash", None)),
     )  # fmt: skip
+    updater.say = run.say
+    _add_callbacks(run, checked.callbacks)
+    return run
+
+
+def _add_callbacks(run: Run, chosen: Mapping[str, Any]) -> None:
+    """Those that are always there, the one that an option stands for, and those that were chosen."""
     for name in DEFAULT_CALLBACKS:
         run.events.add(make("callback", name), name)
-    for component in config.callbacks:
-        run.events.add(component.make(), component.name)
-    return run
+    if run.settings.sync_ref_model and all(one.ref != "sync_ref_model" for one in run.config.callbacks):
+        run.events.add(make("callback", "sync_ref_model"), "sync_ref_model")
+    for name, callback in chosen.items():
+        run.events.add(callback, name)
+
+
+def _attach(checked: Checked, policy: Policy) -> list[str]:
+    """Give the policy to rewards and judge that use its weights, and try the rewards; lines for the plan."""
+    rewards = checked.rewards
+    if checked.judge is not None:
+        checked.judge.attach(policy)
+    if rewards is None:
+        return []
+    waiting = rewards.waiting
+    rewards.attach(policy)
+    data: Any = checked.data
+    return (
+        plan.try_rewards(rewards.only(waiting), data.prompts) if checked.algorithm.eats == "prompts" else []
+    )
 
 
 def build_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate's view of devices and processes; ``mixed_precision: auto`` is bf16 on a GPU, else none."""
     import torch
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, is_initialized
+
+    from rlx.core.peers import connect
 
     wanted = config.settings.mixed_precision
     if wanted == "auto":
         wanted = "bf16" if torch.cuda.is_available() else "no"
-    if is_initialized() and AcceleratorState().mixed_precision != wanted:
-        # Accelerate keeps one precision a process and refuses another; runs one after the other may differ.
-        AcceleratorState._reset_state()
-    # Without being told that there is only the CPU, accelerate lets each process of torchrun train alone; and
-    # counts and moments are summed in float64, which Apple's GPUs do not have.
-    alone = not torch.accelerator.is_available() or torch.backends.mps.is_available()
-    return Accelerator(mixed_precision=wanted, cpu=alone)
+    return connect(wanted)
 
 
 def build_rewards(config: RunConfig) -> RewardRunner | None:
@@ -244,6 +323,13 @@ def build_rewards(config: RunConfig) -> RewardRunner | None:
         return None
     named = [NamedReward(component.name, component.make(), weight) for component, weight in config.rewards]
     return RewardRunner(named, config.settings.reward_on_error, config.settings.reward_error_value)
+
+
+def build_judge(config: RunConfig) -> JudgeRunner | None:
+    """The judge of a run, built; None if it has none."""
+    if config.judge is None:
+        return None
+    return JudgeRunner(config.judge.name, config.judge.make(), config.settings.seed)
 
 
 def _tokenizer(config: RunConfig, objects: Mapping[str, Any], algorithm: Algorithm, report: list[str]) -> Any:

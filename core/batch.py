@@ -99,7 +99,7 @@ class Sequences:
     @property
     def owners(self) -> Tensor:
         """(T,) int64, number of the sequence that each token belongs to."""
-        return torch.repeat_interleave(self.lengths)
+        return torch.repeat_interleave(self.lengths, output_size=len(self.ids))  # or it waits for the device
 
     @property
     def counts(self) -> Tensor:
@@ -118,6 +118,11 @@ class Sequences:
             self.scored[tokens],
         )
 
+    def joined(self, others: Sequences) -> Sequences:
+        """These and the others after them; equal group numbers are one group."""
+        names = [f.name for f in dataclasses.fields(self)]
+        return Sequences(*(torch.cat([getattr(self, name), getattr(others, name)]) for name in names))
+
     def to(self, device: torch.device | str) -> Sequences:
         """The same on another device."""
         return Sequences(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
@@ -134,9 +139,10 @@ def flat_index(lengths: Tensor, index: Tensor) -> Tensor:
         (sum of lengths[index],) int64.
     """
     starts, taken = (lengths.cumsum(0) - lengths)[index], lengths[index]
-    within = torch.arange(int(taken.sum()), device=lengths.device)
-    within = within - torch.repeat_interleave(taken.cumsum(0) - taken, taken)
-    return torch.repeat_interleave(starts, taken) + within
+    total = int(taken.sum())
+    within = torch.arange(total, device=lengths.device)
+    within = within - torch.repeat_interleave(taken.cumsum(0) - taken, taken, output_size=total)
+    return torch.repeat_interleave(starts, taken, output_size=total) + within
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,10 @@ class Batch:
             elif isinstance(value, Prompts):
                 changed[f.name] = value.take(pick.tolist())
             elif isinstance(value, dict):
-                changed[f.name] = {name: item[pick] for name, item in value.items()}
+                changed[f.name] = {
+                    name: item[pick] if isinstance(item, torch.Tensor) else [item[i] for i in pick.tolist()]
+                    for name, item in value.items()
+                }
             else:
                 changed[f.name] = [value[i] for i in pick.tolist()]
         return dataclasses.replace(self, **changed)
@@ -246,6 +255,9 @@ class Rollouts(Batch):
         old: (S,) float32, log-prob of each token when it was sampled, at the sampling temperature.
         score: (N,) float32, weighted sum of the rewards; NaN where no reward applies.
         rewards: name → (N,) float32, one entry a reward, NaN for None.
+        reward_columns: ``<reward>/<column>`` → N values that a reward told of the completions.
+        wins: (N,) float32, share of the comparisons with the other completions of its prompt that a judge
+            decided for it; NaN where none was decided.
         token_scores: (S,) float32, rewards given for single tokens, zeros elsewhere; None without any.
         reference: (S,) float32, log-prob under the reference.
         kl: (S,) float32, exact KL(policy‖reference) at each token, for ``kl_estimator: full``.
@@ -263,6 +275,8 @@ class Rollouts(Batch):
     old: Tensor = _layout("token")
     score: Tensor = _layout("sequence")
     rewards: dict[str, Tensor] = _layout("sequence")
+    reward_columns: dict[str, list[Any]] = _layout("sequence")
+    wins: Tensor = _layout("sequence")
     token_scores: Tensor = _layout("token")
     reference: Tensor = _layout("token")
     kl: Tensor = _layout("token")
@@ -306,6 +320,7 @@ class Labeled(Batch):
         desirable: (N,) bool.
         mismatched: N sequences for the KL estimate: each prompt with the completion of the next row of the
             batch, over all processes. Whole batches only; mini-batches do without.
+        mismatched_reference: log-prob of their scored tokens under the reference, until ``prepare``.
         reference: (S,) float32, log-prob under the reference.
         kl: (N,) float32, KL(policy‖reference) estimate that ``prepare`` took over the whole batch.
         contrast: (N,) float32, n/n₊ for the n₊ desirable of n rows, −n/n₋ for the others: the mean of
@@ -314,6 +329,7 @@ class Labeled(Batch):
 
     desirable: Tensor = _layout("sequence")
     mismatched: Sequences | None = None
+    mismatched_reference: Tensor | None = None
     reference: Tensor = _layout("token")
     kl: Tensor = _layout("sequence")
     contrast: Tensor = _layout("sequence")

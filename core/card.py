@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rlx.core.manifest import command_line, versions
+from rlx.core.samples import without_rows
 from rlx.core.settings import EMBEDDED
 from rlx.core.text import redact, safe_text
 
@@ -25,12 +27,13 @@ def model_card(run: Any) -> str:
     """
     settings, history = run.config.settings, run.metrics_history
     adapter = hasattr(run.policy.model, "peft_config")  # peft's own mark of a model with adapters
-    base, data = code(settings.model), code(settings.dataset)
+    base, data = code(settings.model), code(without_rows({"dataset": settings.dataset})["dataset"])
     parts = [
         front_matter(settings, adapter=adapter),
         f"# {safe_text(run.folder.path.name, 100)}",
         f"{'An adapter for' if adapter else 'A policy trained from'} {base} with"
         f" **{safe_text(settings.algo, 60).upper()}** on {data}, by rlx.",
+        *chosen(run.final_checkpoint),
         "## Results",
         results(history, run.global_step),
         "## Use",
@@ -44,6 +47,13 @@ def model_card(run: Any) -> str:
         "Versions: " + ", ".join(f"{n} {v}" for n, v in versions().items() if n in LIBRARIES) + ".",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def chosen(checkpoint: Path | None) -> list[str]:
+    """A sentence for a policy that is not that of the last step; nothing for any other."""
+    if checkpoint is None:
+        return []
+    return [f"The policy is that of {code(checkpoint.name)}, the best one; the results are of the whole run."]
 
 
 def front_matter(settings: Any, *, adapter: bool) -> str:
@@ -98,7 +108,7 @@ def usage(name: str, base: str, *, adapter: bool) -> str:
 
 def options_table(config: Any) -> str:
     """The options that somebody set, or an algorithm or recipe, with where they came from."""
-    values = redact(config.to_mapping())
+    values = redact(without_rows(config.to_mapping()))
     rows = [
         f"| `{name}` | {code(values[name])} | {safe_text(source, 80)} |"
         for name, source in config.sources.items()

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -48,7 +48,13 @@ logger = logging.getLogger(__name__)
 
 
 def write(
-    root: Path, step: int, fill: Callable[[Path], None], *, identity: Mapping[str, Any], keep: int | None
+    root: Path,
+    step: int,
+    fill: Callable[[Path], None],
+    *,
+    identity: Mapping[str, Any],
+    keep: int | None,
+    protected: Collection[int] = (),
 ) -> Path:
     """Save a checkpoint; when this returns, it is on the disk and verifies.
 
@@ -58,6 +64,7 @@ def write(
         fill: writes the files, in subfolders too, into the folder it is given.
         identity: what a resume compares (fingerprints, versions, …), JSON values; kept in the manifest.
         keep: how many checkpoints stay, this one included; None for all.
+        protected: steps whose checkpoints stay in any case; they count.
 
     Returns:
         The new folder.
@@ -84,7 +91,7 @@ def write(
             raise _save_error(root, step, error) from error
         raise
     if keep is not None:
-        _retain(root, final, keep)
+        _retain(root, final, keep, protected)
     return final
 
 
@@ -318,10 +325,11 @@ def _make_way(final: Path) -> None:
     os.rename(final, aside)
 
 
-def _retain(root: Path, just_written: Path, keep: int) -> None:
+def _retain(root: Path, just_written: Path, keep: int, protected: Collection[int]) -> None:
     """Delete the oldest checkpoints beyond keep. A failure is only a warning: the new one is safe."""
-    others = [folder for _, folder in _steps(root)[0] if folder != just_written]
-    for folder in others[: max(0, len(others) - max(keep, 1) + 1)]:
+    others = [(step, folder) for step, folder in _steps(root)[0] if folder != just_written]
+    surplus = max(0, len(others) - max(keep, 1) + 1)
+    for folder in [folder for step, folder in others if step not in protected][:surplus]:
         try:
             trash = root / f".trash-{folder.name}-{os.getpid()}"
             _remove(trash)

@@ -1,9 +1,9 @@
 """One score a sequence from a sequence classifier with one label: a reward model, in training or in use.
 
-The trunk runs over right-padded sequences; the score head sees the state of each sequence's last token alone.
-Which token is the last one follows from lengths, never from a pad token's id.
+The score head sees the state of each sequence's last token alone. Which token is the last one follows from
+lengths, never from a pad token's id.
 
-Legend: N sequences, L tokens of the longest sequence, D hidden size.
+Legend: N sequences, D hidden size.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from rlx.core.errors import ConfigError
-from rlx.core.microbatch import cut
+from rlx.core.states import micro_batches, states
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,7 +39,7 @@ def classify(
     Args:
         model: a transformers decoder for sequence classification with one label, or a PEFT model around one.
         sequences: on any device, none empty; N = 0 is legal.
-        token_budget: padded tokens of a forward pass, when no gradient is wanted.
+        token_budget: tokens of a forward pass, when no gradient is wanted.
         accelerator: its autocast is entered; None for none.
 
     Returns:
@@ -50,6 +50,32 @@ def classify(
         ValueError: if a sequence is empty.
     """
     trunk, head = parts_of(extract_model_from_parallel(model))
+    return last_token_scores(trunk, head, sequences, token_budget=token_budget, accelerator=accelerator)
+
+
+def last_token_scores(
+    trunk: nn.Module,
+    head: nn.Module,
+    sequences: Sequences,
+    *,
+    token_budget: int = 4096,
+    accelerator: Accelerator | None = None,
+) -> Tensor:
+    """As ``classify``, of a trunk and a head apart.
+
+    Args:
+        trunk: a transformers decoder without output head.
+        head: hidden states (N, D) → scores (N,) or (N, 1).
+        sequences: as of ``classify``.
+        token_budget: as of ``classify``.
+        accelerator: as of ``classify``.
+
+    Returns:
+        (N,) float32, on the trunk's device.
+
+    Raises:
+        ValueError: if a sequence is empty.
+    """
     sequences = sequences.to(next(trunk.parameters()).device)
     if bool((sequences.lengths == 0).any()):
         raise ValueError("an empty sequence has no last token to be scored at")
@@ -57,7 +83,7 @@ def classify(
         if torch.is_grad_enabled() and len(sequences):
             return _classify(trunk, head, sequences)
         scores = torch.zeros(len(sequences), device=sequences.ids.device)
-        for part in cut(sequences.lengths, token_budget):
+        for part in micro_batches([trunk], sequences, token_budget):
             scores[part] = _classify(trunk, head, sequences.take(part))
     return scores
 
@@ -91,11 +117,6 @@ def parts_of(model: Any) -> tuple[nn.Module, nn.Module]:
 
 def _classify(trunk: nn.Module, head: nn.Module, sequences: Sequences) -> Tensor:
     """Scores (N,) of sequences, at least one, in one pass."""
-    longest = int(sequences.lengths.max())
-    real_NL = torch.arange(longest, device=sequences.ids.device) < sequences.lengths[:, None]
-    ids_NL = torch.zeros_like(real_NL, dtype=torch.long)
-    ids_NL[real_NL] = sequences.ids
-    hidden_NLD = trunk(input_ids=ids_NL, attention_mask=real_NL.long(), use_cache=False)[0]
-    last_ND = hidden_NLD[torch.arange(len(sequences), device=ids_NL.device), sequences.lengths - 1]
-    scores: Tensor = head(last_ND)
-    return scores.float().squeeze(-1)
+    last = sequences.starts + sequences.lengths - 1
+    scores: Tensor = head(states(trunk, sequences, last))
+    return scores.float().view(len(sequences))

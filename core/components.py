@@ -19,6 +19,9 @@ from rlx.core.text import safe_text
 from rlx.plugins import references
 from rlx.plugins.contract import NoOptions
 
+REFERENCE_OFF: Mapping[str, Any] = {"beta": 0, "kl_coef": 0, "reference_free": True}
+"""Options of algorithms, each with the value at which no reference is asked."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -108,7 +111,11 @@ def read_specs(kind: str, raw: Any, path: str, where: Mapping[str, str]) -> tupl
             continue
         else:
             spec = Spec(kind, item, "", place)
-        spec.ref = str(spec.ref) if isinstance(spec.ref, str) else spec.ref
+        if isinstance(spec.ref, str):
+            spec.ref, held = references.spelt_out(kind, str(spec.ref))
+            problems += [_twice(f"{spec.ref} {name}", spec.where) for name in held if name in spec.given]
+            spec.given |= held
+            spec.places |= dict.fromkeys(held, place)
         spec.name = _unique(short_name(kind, spec.ref), [other.name for other in specs])
         specs.append(spec)
     return specs, problems
@@ -155,13 +162,15 @@ def take_dotted(dotted: Mapping[str, Any], where: Mapping[str, str], specs: list
                 )
             )
         elif option in found[0].given:
-            problems.append(
-                ConfigError(f"option {key!r} is given twice", code="E-CONFIG-CONFLICT", where=place)
-            )
+            problems.append(_twice(key, place))
         else:
             found[0].given[option] = value
             found[0].places[option] = place
     return problems
+
+
+def _twice(option: str, place: str) -> ConfigError:
+    return ConfigError(f"option {option!r} is given twice", code="E-CONFIG-CONFLICT", where=place)
 
 
 def check_spec(spec: Spec) -> Component:
@@ -188,6 +197,39 @@ def check_spec(spec: Spec) -> Component:
     config = config_class(found, owner) if isinstance(found, type) else NoOptions
     checked = build(config, spec.given, owner=owner, where=spec.places)
     return Component(spec.kind, spec.ref, shallow(checked), spec.where, spec.name)
+
+
+def choose_judge(judge: Any, rewards: list[Any], options: Mapping[str, Any] | None = None) -> Component:
+    """A judge, or the judge ``reward`` with the rewards that are given in its place.
+
+    Args:
+        judge: a reference, a mapping with options, or None.
+        rewards: the higher weighted sum of them wins.
+        options: further options of the judge.
+
+    Raises:
+        ConfigError: neither is given, or both; or as ``check_spec``.
+        PluginError: as ``check_spec``.
+    """
+    if judge is None and not rewards:
+        raise ConfigError(
+            "nothing says which answer is better",
+            code="E-CONFIG-MISSING",
+            expected="a reward, such as exact_match, or a judge",
+        )
+    if judge is not None and rewards:
+        raise ConfigError(
+            "a judge and rewards are both given; one decides",
+            code="E-CONFIG-CONFLICT",
+            hint="leave out the judge, or the rewards: the judge 'reward' is what they are given to",
+        )
+    named = {"name": "reward", "rewards": rewards} if rewards else judge
+    if not isinstance(named, Mapping):
+        named = {"name": named}
+    specs, problems = read_specs("judge", {**named, **(options or {})}, "judge", {})
+    if problems:
+        raise problems[0]
+    return check_spec(specs[0])
 
 
 def config_class(component: Any, owner: str) -> type:

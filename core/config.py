@@ -35,7 +35,8 @@ from rlx.plugins.references import resolve
 
 __all__ = ["Component", "RunConfig", "from_mapping", "parse_arguments"]
 
-LISTS = {"reward": "reward", "transform": "transform", "callback": "callback", "generator": "generator"}
+LISTS = {kind: kind for kind in ("reward", "transform", "callback", "generator", "judge")}  # kind → option
+SINGLE = ("generator", "judge")
 # Two ways to say one thing: giving one of them sets aside a default (never a given value) of the other.
 ALTERNATIVES = (
     ("warmup_steps", "warmup_ratio"),
@@ -56,6 +57,7 @@ class RunConfig:
         rewards: each with its weight.
         transforms, callbacks: in order.
         generator: what samples.
+        judge: what compares completions, or None.
         sources: option → ``default``, ``algorithm ppo``, ``recipe wordmath``, ``config.yaml:7:1``, ``--flag``
             or
             ``argument``.
@@ -68,6 +70,7 @@ class RunConfig:
     transforms: list[Component]
     callbacks: list[Component]
     generator: Component
+    judge: Component | None = None
     sources: dict[str, str] = field(default_factory=dict, compare=False)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -155,6 +158,7 @@ class Draft:
             chosen["transform"],
             chosen["callback"],
             chosen["generator"][0],
+            next(iter(chosen["judge"]), None),
             self.sources(),
         )
 
@@ -218,13 +222,13 @@ class Draft:
         specs: list[Spec] = []
         for kind, option in LISTS.items():
             raw = self.given.get(option, self.default(option))
+            if kind == "judge" and raw is None:
+                continue
             found, problems = read_specs(kind, raw, option, self.where)
             specs += found
             self.problems += problems
-            if kind == "generator" and len(found) != 1 and not problems:
-                self.problems.append(
-                    ConfigError("there is one generator", where=self.where.get("generator", ""))
-                )
+            if kind in SINGLE and len(found) != 1 and not problems:
+                self.problems.append(ConfigError(f"there is one {kind}", where=self.where.get(kind, "")))
         dotted = {name: value for name, value in self.given.items() if "." in name}
         self.problems += take_dotted(dotted, self.where, specs)
         return specs
@@ -290,7 +294,7 @@ class Draft:
         values |= {name: value for name, value in self.given.items() if name in self.core}
         for kind, option in LISTS.items():
             written = [component.written() for component in chosen[kind]]
-            values[option] = written if kind != "generator" else (written or [None])[0]
+            values[option] = (written or [None])[0] if kind in SINGLE else written
         values["reward_weight"] = weights if len(weights) == len(chosen["reward"]) else []
         where = {name: source for name, (_, source) in self.defaults.items()} | self.where
         with self.catch():
@@ -312,8 +316,15 @@ class Draft:
         return None
 
     def check_rewards(self, name: str, found: Any, settings: Settings) -> None:
-        """An algorithm that samples needs something that scores."""
-        if found.eats == "prompts" and not settings.reward and "judge" not in self.own:
+        """An algorithm that samples needs something that scores, or compares where it can learn from that."""
+        if settings.judge is not None and not found.judged:
+            raise ConfigError(
+                f"{name} does not learn from comparisons, so it has no use for a judge",
+                code="E-CONFIG-CONFLICT",
+                where=self.where.get("judge", ""),
+                hint="--algo online_dpo learns from a judge; the callback win_rate measures with one",
+            )
+        if found.eats == "prompts" and not settings.reward and settings.judge is None:
             raise ConfigError(
                 f"{name} learns from a reward, and none is given",
                 code="E-CONFIG-MISSING",

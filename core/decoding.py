@@ -1,7 +1,7 @@
-"""The decode loop of sampling: shared prompts, one token a step for all live rows, finished rows dropped.
+"""What sampling keeps: how a model is called, the rows of a batch, and what one call of ``generate`` drew.
 
-What this is: ``Run`` keeps what one call of ``generate`` has drawn so far; ``decode_shared`` drives the model
-with our own cache. ``rlx.core.plain_generation`` drives the same ``Run`` by ``model.generate``.
+What this is: ``Run`` draws each row's next token and writes it down. Two loops drive it: ``core.decode_loop``
+the model with our own cache, ``core.plain_generation`` ``model.generate``.
 
 Legend: R live rows of a batch, N samples, P prompt tokens, T new tokens, V vocabulary.
 """
@@ -21,8 +21,8 @@ from rlx.core import kv_cache
 from rlx.core.errors import DivergedError
 from rlx.core.sampling import Sampler, StopRule, uniforms
 from rlx.plugins.contract import Completions, Sampling
+from rlx.plugins.telling import Complete, OnComplete
 
-COMPACT_AT = 0.15  # share of finished rows at which they are dropped
 Progress = Callable[[int, int], None]
 
 
@@ -44,12 +44,19 @@ class Door:
         self.takes_positions = "position_ids" in names
         self.takes_mask = "attention_mask" in names
         self.prefill_options = {"logits_to_keep": 1} if "logits_to_keep" in names else {}
+        self.kind, self.joins = "unknown", False
+        adapter = getattr(self.model, "active_peft_config", None)  # importing peft to ask is slow
+        # Prompt and prefix tuning: peft puts them before a prompt, once, in its own generate alone.
+        self.virtual_tokens = adapter is not None and adapter.is_prompt_learning
         cacheable = self.cache_name and decoder._supports_default_dynamic_cache()
-        if cacheable and not decoder.config.is_encoder_decoder:
-            self.kind = kv_cache.kind_of(kv_cache.new_cache(decoder.config))
-        else:
-            self.kind = "unknown"
+        if cacheable and not self.virtual_tokens and not decoder.config.is_encoder_decoder:
+            cache = self.new_cache()
+            self.kind, self.joins = kv_cache.kind_of(cache), kv_cache.joins(cache)
         self.device = decoder.get_input_embeddings().weight.device
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache."""
+        return kv_cache.new_cache(self.decoder.config)
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: DynamicCache, **options: Any
@@ -72,10 +79,13 @@ class Rows:
         samples: (R,) index of the sample.
         live: (R,) bool, not finished.
         uniform: (R, T) random numbers, None when greedy.
-        tokens: (R, P + T) left-padded prompt, then the completion.
-        pads: (R,) padding tokens in front.
-        mask: (R, P + T) bool, False on padding; None if there is none.
+        tokens: (R, P + T) left-padded prompt, then the completion; (R, 0) once others have joined.
+        pads: (R,) padding columns in front.
+        steps: (R,) completion tokens drawn so far.
+        mask: (R, at + T) bool, False on padding; None if there is none.
         width: P, padding included.
+        at: columns that are filled, those of drawn tokens included.
+        some_dead: a finished row may be among them.
     """
 
     samples: Tensor
@@ -83,14 +93,17 @@ class Rows:
     uniform: Tensor | None
     tokens: Tensor
     pads: Tensor
+    steps: Tensor
     mask: Tensor | None
     width: int
+    at: int
+    some_dead: bool = False
 
     def keep(self, index: Tensor) -> Rows:
-        """Only these rows, in this order."""
+        """Only these rows, in this order; finished ones are not among them."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         picked: dict[str, Any] = {name: value.index_select(0, index) for name, value in tensors.items()}
-        return replace(self, **picked)
+        return replace(self, some_dead=False, **picked)
 
 
 class Run:
@@ -104,6 +117,7 @@ class Run:
         seeds: one a prompt.
         tokenizer: for stop strings.
         on_progress: called with (finished, all) samples.
+        on_complete: called with samples that will not change any more.
     """
 
     def __init__(
@@ -115,9 +129,12 @@ class Run:
         seeds: Sequence[int],
         tokenizer: Any,
         on_progress: Progress | None,
+        on_complete: OnComplete | None = None,
     ) -> None:
-        self.door, self.prompts, self.n, self.on_progress = door, prompts, n, on_progress
+        self.door, self.prompts, self.n = door, prompts, n
+        self.on_progress, self.on_complete = on_progress, on_complete
         self.length = sampling.max_new_tokens
+        self.longest = max(map(len, prompts)) + self.length  # a model may have positions for no more
         total, device = len(prompts) * n, door.device
         self.sampler = Sampler(sampling)
         self.stop_rule = StopRule(sampling, tokenizer, door.vocabulary, device)
@@ -131,8 +148,7 @@ class Run:
     def batches(self, batch_size: int | None) -> Iterator[list[int]]:
         """Samples that are decoded together: those with prompts of like length, as many as fit."""
         order = sorted(range(len(self.prompts)), key=lambda i: (len(self.prompts[i]), self.prompts[i]))
-        longest = len(self.prompts[order[-1]]) + self.length
-        size = batch_size or kv_cache.rows_that_fit(self.door.decoder, longest, self.door.device)
+        size = batch_size or kv_cache.rows_that_fit(self.door.decoder, self.longest, self.door.device)
         batch: list[int] = []
         for sample in (i * self.n + k for i in order for k in range(self.n)):
             new_length = batch and len(self.prompts[batch[-1] // self.n]) != len(
@@ -145,18 +161,21 @@ class Run:
         yield batch
 
     def rows(self, samples: list[int]) -> tuple[Rows, Tensor]:
-        """Rows of one distinct prompt each, with room for the completion; and the row of each sample."""
+        """Rows of one distinct prompt each, with room for the completion; and the row of each sample.
+
+        They come in the order of the samples: ``batches`` gives those of the shortest prompts first.
+        """
         distinct: dict[tuple[int, ...], int] = {}
         which = [distinct.setdefault(tuple(self.prompts[s // self.n]), len(distinct)) for s in samples]
         width, device = max(map(len, distinct)), self.door.device
         # A prompt's own first token pads it: a repetition penalty must meet no other token.
         ids = [[p[0]] * (width - len(p)) + list(p) + [0] * self.length for p in distinct]
         pads = torch.tensor([width - len(p) for p in distinct], device=device)
-        column = torch.arange(width + self.length, device=device)
-        mask = column >= pads[:, None] if any(len(p) != width for p in distinct) else None
         index = torch.tensor(which, device=device)
         live = torch.ones(len(distinct), dtype=torch.bool, device=device)
-        return Rows(index, live, None, torch.tensor(ids, device=device), pads, mask, width), index
+        mask = mask_of(pads, width + self.length) if any(len(p) != width for p in distinct) else None
+        tokens, steps = torch.tensor(ids, device=device), torch.zeros_like(pads)
+        return Rows(index, live, None, tokens, pads, steps, mask, width, width), index
 
     def expand(self, rows: Rows, index: Tensor, samples: list[int]) -> Rows:
         """One row a sample from one row a prompt."""
@@ -164,13 +183,17 @@ class Run:
         uniform = None if self.uniform is None else self.uniform[chosen]
         return replace(rows.keep(index), samples=chosen, uniform=uniform)
 
-    def draw(self, rows: Rows, logits: Tensor, step: int) -> tuple[Tensor, bool]:
+    @property
+    def may_join(self) -> bool:
+        """Whether samples that wait may join others: nothing looks back at what a row has drawn."""
+        return self.door.joins and not (self.sampler.needs_history or self.stop_rule.strings is not None)
+
+    def draw(self, rows: Rows, logits: Tensor) -> tuple[Tensor, bool]:
         """Draw each row's next token, write it down, and take rows that end with it from the living.
 
         Args:
-            rows: the batch; ``tokens`` and ``live`` are changed in place.
+            rows: the batch; ``tokens``, ``live``, ``steps`` and ``at`` are changed in place.
             logits: (R, V).
-            step: completion tokens drawn before.
 
         Returns:
             (R,) tokens, those of dead rows without meaning, and whether a row ended.
@@ -178,39 +201,56 @@ class Run:
         Raises:
             DivergedError: logits of a live row are not finite.
         """
-        at = rows.width + step
+        at, steps = rows.at, rows.steps
         history = rows.tokens[:, :at] if self.sampler.needs_history else None
-        tokens, logps = self.sampler(logits, history, None if rows.uniform is None else rows.uniform[:, step])
-        rows.tokens[:, at] = tokens
-        self.tokens[rows.samples, step] = tokens
-        self.logps[rows.samples, step] = logps
-        ended = self.stop_rule(tokens, rows.tokens[:, rows.width : at + 1]) & rows.live
+        uniform = None if rows.uniform is None else rows.uniform.gather(1, steps[:, None])[:, 0]
+        tokens, logps = self.sampler(logits, history, uniform)
+        cells = rows.samples, steps
+        if rows.some_dead:  # what a cut row has drawn last must stay
+            tokens = torch.where(rows.live, tokens, self.tokens[cells])
+            logps = torch.where(rows.live, logps, self.logps[cells])
+        self.tokens[cells], self.logps[cells] = tokens, logps
+        drawn = tokens[:, None]
+        if rows.tokens.shape[1]:
+            rows.tokens[:, at] = tokens
+            drawn = rows.tokens[:, rows.width : at + 1]
+        stopped = self.stop_rule(tokens, drawn) & rows.live
+        ended = stopped | (rows.live & (steps == self.length - 1))
         broken = logps.isfinite().logical_not_() & rows.live
         # The one wait for the device in a step.
         any_ended, any_broken = torch.stack((ended.any(), broken.any())).tolist()
         if any_broken:
-            raise self.diverged(rows.samples[broken], step)
+            samples, counts = rows.samples[broken], steps[broken]  # rows that joined are at other tokens
+            raise self.diverged(samples, int(counts[samples.argmin()]))
         if any_ended:
             finished = rows.samples[ended]
-            self.lengths[finished] = step + 1
-            self.stopped[finished] = True
+            self.lengths[finished] = steps[ended] + 1
+            self.stopped[rows.samples[stopped]] = True
             rows.live &= ~ended
-            self.report(len(finished))
+            rows.some_dead = True
+            self.report(finished)
+        rows.steps, rows.at = (steps + 1).clamp_(max=self.length - 1), at + 1  # dead rows stay in bounds
         return tokens, any_ended
 
-    def report(self, finished: int) -> None:
-        """Tell how many samples are complete."""
-        self.done += finished
-        if self.on_progress is not None and finished:
+    def report(self, samples: Tensor) -> None:
+        """Tell that samples are complete: their tokens, lengths and stops are final."""
+        self.done += len(samples)
+        if self.on_progress is not None:
             self.on_progress(self.done, len(self.prompts) * self.n)
+        if self.on_complete is not None:
+            tables = (samples, self.tokens[samples], self.lengths[samples], self.stopped[samples])
+            rows = zip(*(table.tolist() for table in tables), strict=True)
+            self.on_complete(
+                [Complete(s // self.n, s % self.n, ids[:end], stopped) for s, ids, end, stopped in rows]
+            )
 
     def diverged(self, samples: Tensor, step: int) -> DivergedError:
-        """The error for logits that are not finite; tokens and samples count from 0."""
+        """The error for logits that are not finite; ``step`` is the token of the first sample, from 0."""
         sample = int(samples.min())
         return DivergedError(
             f"generation produced non-finite logits at token {step} (sample {sample})",
             where=f"prompt {sample // self.n}, completion {sample % self.n} of {self.n}",
-            got=f"NaN or infinity in {len(samples)} of the samples at this token",
+            got=f"NaN or infinity in {len(samples)} of the samples at once",
             expected="finite logits",
             hint="the weights have diverged or overflow in this dtype: lower learning_rate, or use float32",
         )
@@ -223,33 +263,6 @@ class Run:
         return Completions(ids, logps, self.stopped.tolist())
 
 
-def decode_shared(run: Run, samples: list[int]) -> None:
-    """Sample these from their first token to their last: each distinct prompt once, finished rows dropped."""
-    cache = kv_cache.new_cache(run.door.decoder.config)
-    rows, index = run.rows(samples)
-    logits = prefill(run.door, rows, cache)
-    if len(rows.live) < len(samples):
-        cache.reorder_cache(index)
-    rows, logits = run.expand(rows, index, samples), logits[index]
-    for step in range(run.length):
-        tokens, any_ended = run.draw(rows, logits, step)
-        if any_ended:
-            kept = rows.live.nonzero().squeeze(1)
-            if len(kept) == 0:
-                return
-            if len(kept) <= (1 - COMPACT_AT) * len(rows.live):
-                cache.reorder_cache(kept)
-                rows, tokens = rows.keep(kept), tokens[kept]
-        if step + 1 < run.length:
-            at = rows.width + step
-            mask = None if rows.mask is None else rows.mask[:, : at + 1]
-            logits = run.door(tokens[:, None], (at - rows.pads)[:, None], mask, cache)
-    run.report(int(rows.live.sum()))
-
-
-def prefill(door: Door, rows: Rows, cache: DynamicCache) -> Tensor:
-    """Run the prompts through the model into the cache; returns (R, V) logits of the first new token."""
-    column = torch.arange(rows.width, device=rows.pads.device)
-    positions = (column - rows.pads[:, None]).clamp_(min=0)
-    mask = None if rows.mask is None else rows.mask[:, : rows.width]
-    return door(rows.tokens[:, : rows.width], positions, mask, cache, **door.prefill_options)
+def mask_of(pads: Tensor, columns: int) -> Tensor:
+    """(R, columns) bool, False on the padding in front."""
+    return torch.arange(columns, device=pads.device) >= pads[:, None]

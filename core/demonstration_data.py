@@ -11,14 +11,13 @@ import torch
 from rlx.core.answered import length_limit, note_size, places_of, rendered, tokenised_answers
 from rlx.core.batch import Demonstrations, Sequences
 from rlx.core.errors import ConfigError
-from rlx.core.packing import pack
-from rlx.core.row_chain import Ledger, apply
+from rlx.core.row_chain import Ledger, apply, name_of
 from rlx.core.row_source import Opened, Row, note_gaps, note_repeats, open_rows
 from rlx.core.settings import Settings
 from rlx.core.tokens import cut_places, tokenised
 from rlx.plugins.transforms import ROW
 from rlx.plugins.transforms.answers import RenderDialogue
-from rlx.plugins.transforms.chat import ChatTemplate
+from rlx.plugins.transforms.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -116,23 +115,23 @@ def load_demonstrations(
     )
     ledger = opened.ledger
     _check_options(settings, opened)
-    template = ChatTemplate(
-        ChatTemplate.Config(template=settings.chat_template, system_prompt=settings.system_prompt)
-    )
     if opened.answers and not settings.assistant_only_loss:
-        rows, documents = _with_prompt(opened, settings, template, tokenizer)
+        rows, documents = _with_prompt(opened, settings, tokenizer)
     else:
-        rows, documents = _whole(opened, settings, template, tokenizer)
+        rows, documents = _whole(opened, settings, tokenizer)
     limit = length_limit(settings, tokenizer, max_positions)
-    rows, documents = _fitted(rows, documents, limit, settings, ledger)
-    note_size([len(one.ids) for one in documents], rows, template, "demonstrations", ledger)
+    splits = opened.packing is not None and opened.packing.splits
+    rows, documents = _fitted(rows, documents, limit, settings, ledger, splits)
+    note_size([len(one.ids) for one in documents], rows, opened.template, "demonstrations", ledger)
     learned = sum(sum(one.learned) for one in documents)
     total = sum(len(one.ids) for one in documents)
     ledger.note(f"{learned} of {total} tokens are learned")
     note_gaps(rows, needed, ledger)
     texts = [row["_whole"] for row in rows]
     note_repeats(texts, "demonstrations", ledger)
-    packed = _packed(documents, limit[0], settings, ledger) if settings.packing else [[d] for d in documents]
+    packed = [[document] for document in documents]
+    if opened.packing is not None:
+        packed = _packed(documents, limit[0], opened.packing, ledger)
     if not evaluation and len(packed) < settings.batch_size:
         ledger.note(
             f"{len(packed)} rows are fewer than one batch of {settings.batch_size}: rows repeat within a "
@@ -143,15 +142,16 @@ def load_demonstrations(
 
 
 def _packed(
-    documents: list[Document], length: int, settings: Settings, ledger: Ledger
+    documents: list[Document], longest: int, packing: Packing, ledger: Ledger
 ) -> list[list[Document]]:
     """Documents, or pieces of them, put together into rows of at most so many tokens."""
-    groups = pack([len(one.ids) for one in documents], length, settings.packing_strategy)
+    groups = packing.groups([len(one.ids) for one in documents], longest)
     packed = [[documents[p.document].piece(p.start, p.end) for p in group] for group in groups]
-    total = sum(len(one.ids) for one in documents)
+    sizes = [sum(len(one.ids) for one in row) for row in packed]
+    how = packing.config.strategy if type(packing) is Packing else name_of(packing)
     ledger.note(
-        f"packed {len(documents)} demonstrations into {len(packed)} rows of {length} tokens, "
-        f"{total / (len(packed) * length):.1%} full, by {settings.packing_strategy}"
+        f"packed {len(documents)} demonstrations into {len(packed)} rows of at most {max(sizes)} tokens, "
+        f"{sum(sizes) / (len(packed) * max(sizes)):.1%} full, by {how}"
     )
     return packed
 
@@ -192,11 +192,9 @@ def _dialogue(row: Row) -> Any:
     return [*start, *end]
 
 
-def _with_prompt(
-    opened: Opened, settings: Settings, template: ChatTemplate, tokenizer: Any
-) -> tuple[list[Row], list[Document]]:
+def _with_prompt(opened: Opened, settings: Settings, tokenizer: Any) -> tuple[list[Row], list[Document]]:
     """Documents of a prompt and a completion."""
-    rows = rendered(opened, template, tokenizer)
+    rows = rendered(opened, tokenizer)
     rows = [{**row, "_whole": row["_prompt"] + row["_answers"][0]} for row in rows]
     only = settings.completion_only_loss is not False
     documents = []
@@ -206,12 +204,12 @@ def _with_prompt(
     return rows, documents
 
 
-def _whole(
-    opened: Opened, settings: Settings, template: ChatTemplate, tokenizer: Any
-) -> tuple[list[Row], list[Document]]:
+def _whole(opened: Opened, settings: Settings, tokenizer: Any) -> tuple[list[Row], list[Document]]:
     """Documents of a conversation or a text."""
     rows = [{**row, "messages": _dialogue(row)} for row in opened.rows]
-    rows = apply(RenderDialogue(template, settings.assistant_only_loss), rows, tokenizer, opened.ledger)
+    rows = apply(
+        RenderDialogue(opened.template, settings.assistant_only_loss), rows, tokenizer, opened.ledger
+    )
     documents = []
     for row in rows:
         (ids,) = tokenised(tokenizer, [row["_whole"]], special=row["_text"])
@@ -236,13 +234,13 @@ def _fitted(
     limit: tuple[int, str],
     settings: Settings,
     ledger: Ledger,
+    splits: bool,
 ) -> tuple[list[Row], list[Document]]:
     """Documents cut to the limit, unless packing splits them; none in which nothing is learned."""
     longest, rule = limit
-    split = settings.packing and settings.packing_strategy in ("bfd_split", "wrapped")
     kept, over, cut = [], 0, 0
     for row, one in zip(rows, documents, strict=True):
-        if len(one.ids) > longest and not split:
+        if len(one.ids) > longest and not splits:
             if settings.truncation_mode == "drop":
                 over += 1
                 continue

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from rlx.core.text import safe_text
+
+LONGEST_LINE = 2000  # characters
+
 
 class RlxError(Exception):
     """An expected failure, told in at most a few lines.
@@ -36,7 +40,7 @@ class RlxError(Exception):
         super().__init__(what)
 
     def lines(self) -> list[str]:
-        """The error as the command line prints it, one entry a line."""
+        """The error as the command line prints it, one entry a line; what acts on a terminal is shown."""
         out = [f"[{self.code}] {self.what}"]
         if self.where:
             out.append(f"  where:    {self.where}")
@@ -47,7 +51,7 @@ class RlxError(Exception):
         if self.hint:
             out.append(f"  do this:  {self.hint}")
         out.extend(f"  note:     {note}" for note in getattr(self, "__notes__", ()))
-        return out
+        return [safe_text(line, LONGEST_LINE) for line in out]
 
     def __str__(self) -> str:
         return "\n".join(self.lines()[: 1 + sum(map(bool, (self.where, self.got, self.expected, self.hint)))])
@@ -82,7 +86,7 @@ class MemoryExhausted(RlxError):
 
 
 class RewardError(RlxError):
-    """A reward that failed or returned something unusable."""
+    """A reward or judge that failed or returned something unusable."""
 
     exit_code = 6
     default_code = "E-REWARD"

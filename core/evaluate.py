@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rlx.core.errors import ConfigError
 from rlx.core.meter import Meter
 from rlx.core.order import share
+from rlx.core.peers import agreed
 from rlx.core.streams import stream_seed
+from rlx.core.text import safe_text
 
 if TYPE_CHECKING:
     from rlx.core.data import PromptData
@@ -26,30 +31,55 @@ def evaluate(run: Run) -> dict[str, float]:
         Metrics under ``eval/``, those of callbacks (``on_evaluate``) included.
 
     Raises:
-        ValueError: if two callbacks report the same metric.
+        ConfigError: two callbacks report the same metric.
     """
-    # The clock, and what rewards and algorithm remember, belong to training: evaluating changes nothing.
+    with _unchanged(run):
+        metrics = _measured_as_it_is(run)
+        for result in run.events.emit("on_evaluate", run=run):
+            for name, value in (result or {}).items():
+                if name in metrics:
+                    raise ConfigError(
+                        f"two report the metric {safe_text(name, 80)!r}",
+                        code="E-CONFIG-METRIC",
+                        where=f"on_evaluate of {', '.join(run.callbacks)}",
+                        hint="rename one of them; win_rate has the option metric",
+                    )
+                metrics[name] = value
+        return metrics
+
+
+def evaluate_once_more(run: Run) -> dict[str, float]:
+    """The same for a callback that gave the policy other weights for a moment: no callback is told.
+
+    Returns:
+        Metrics under ``eval/``. ``run.evaluated`` still holds the samples of the policy itself.
+    """
+    shown = run.evaluated
+    try:
+        with _unchanged(run):
+            return _measured_as_it_is(run)
+    finally:
+        run.evaluated = shown
+
+
+@contextmanager
+def _unchanged(run: Run) -> Iterator[None]:
+    """The clock, and what rewards and algorithm remember, belong to training: evaluating changes nothing."""
     seconds, rewards = dict(run.studio.clock.seconds), run.studio.reward_state()
     algorithm = copy.deepcopy(run.algorithm.state_dict())
     try:
-        return _evaluated(run)
+        yield
     finally:
         run.studio.clock.seconds = seconds
         run.studio.load_reward_state(rewards)
         run.algorithm.load_state_dict(algorithm)
 
 
-def _evaluated(run: Run) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    if run.eval_data is not None:
-        online = run.algorithm.eats == "prompts"
-        measure: Any = _sampled if online else _measured
-        metrics = measure(run, run.eval_data)
-    for result in run.events.emit("on_evaluate", run=run):
-        for name, value in (result or {}).items():
-            if name in metrics:
-                raise ValueError(f"on_evaluate: two sources report the metric {name!r}; rename one of them")
-            metrics[name] = value
+def _measured_as_it_is(run: Run) -> dict[str, float]:
+    if run.eval_data is None:
+        return {}
+    measure: Any = _sampled if run.algorithm.eats == "prompts" else _measured
+    metrics: dict[str, float] = measure(run, run.eval_data)
     return metrics
 
 
@@ -57,8 +87,8 @@ def _sampled(run: Run, data: PromptData) -> dict[str, float]:
     mine = list(share(len(data), run.accelerator.process_index, run.accelerator.num_processes))
     prompts = data.take(mine)
     seeds = [stream_seed(run.settings.seed, "evaluate", row) for row in mine]
-    completions = run.studio.sample(prompts, 1, seeds)
-    rollouts = run.studio.reward(prompts, completions, mine)
+    with agreed(run, "the evaluation"):
+        _, rollouts = run.studio.sample_and_reward(prompts, 1, seeds, mine, run.global_step)
     run.evaluated = rollouts
     meter = Meter()
     meter.add("eval/completion/length", rollouts.sequences.counts.float())
@@ -67,6 +97,9 @@ def _sampled(run: Run, data: PromptData) -> dict[str, float]:
         meter.add("eval/reward", rollouts.score[~rollouts.score.isnan()])
         for name, values in rollouts.rewards.items():
             meter.add(f"eval/reward/{name}", values[~values.isnan()])
+    for name, values in rollouts.metrics.items():
+        if not name.endswith("/seconds"):  # speed is that of training
+            meter.add(f"eval/{name}", values)
     return meter.means(run.accelerator)
 
 
@@ -76,7 +109,8 @@ def _measured(run: Run, data: Any) -> dict[str, float]:
         # Batches of one size, more or less: in a last one of one row nothing could be compared.
         rows = list(share(len(data), part, parts))
         mine = list(share(len(rows), run.accelerator.process_index, run.accelerator.num_processes))
-        batch = run.studio.compare(data.batch(rows, mine), run.algorithm.needs)
+        with agreed(run, "measuring the evaluation"):
+            batch = run.studio.compare(data.batch(rows, mine), run.algorithm.needs)
         batch = run.algorithm.prepare(batch, run.score)
         loss, metrics = run.updater.measure(batch)
         # Every batch's loss is a mean over its rows already: it counts as often as it has rows.

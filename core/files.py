@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.core.errors import SaveError
-from rlx.core.text import safe_text
+from rlx.core.text import safe_json, safe_text
 
 
 class JsonLines:
@@ -35,9 +35,7 @@ class JsonLines:
         Raises:
             SaveError: it could not be written; the file ends with the last whole line.
         """
-        data = (json.dumps(finite(dict(line)), ensure_ascii=False, allow_nan=False) + "\n").encode(
-            "utf-8", "backslashreplace"
-        )
+        data = (safe_json(finite(dict(line))) + "\n").encode()
         with saving(self.path):
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlx.core.components import Component
     from rlx.core.config import RunConfig
 
 END = 1 << 16  # bytes read at either end of a file
 SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 MODELS = ("model", "tokenizer", "reference_model", "reference_adapter", "value_model", "adapter")
-CODE = ("algo", "reward", "transform", "generator", "callback")
+CODE = ("algo", "reward", "judge", "transform", "generator", "callback")
 ACCEPTED = ("data", *MODELS, *CODE)  # what a resume may be told to accept as it lies there now
 
 
@@ -41,6 +43,7 @@ def fingerprints(config: RunConfig, commit: str | None = None) -> dict[str, str]
     chosen = {
         "algo": [config.algorithm],
         "reward": [component for component, _ in config.rewards],
+        "judge": [config.judge] if config.judge else [],
         "transform": config.transforms,
         "generator": [config.generator],
         "callback": config.callbacks,
@@ -48,10 +51,19 @@ def fingerprints(config: RunConfig, commit: str | None = None) -> dict[str, str]
     for option in CODE:
         refs = [component.ref for component in chosen[option] if isinstance(component.ref, str)]
         files = [Path(ref.rpartition(":")[0]).expanduser() for ref in refs if ".py:" in ref]
-        if files:
-            digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
-            found[option] = digest.hexdigest()
+        digests = [hashlib.sha256(file.read_bytes()).digest() for file in files]
+        digests += [bytes.fromhex(of_folder(folder)) for folder in _models(chosen[option])]
+        if digests:
+            found[option] = hashlib.sha256(b"".join(digests)).hexdigest()
     return found
+
+
+def _models(components: Sequence[Component]) -> list[Path]:
+    """Folders of models and adapters that options of components name: a reward model, say."""
+    values = [value for one in components for value in one.options.values() if isinstance(value, str)]
+    marks = ("config.json", "adapter_config.json")
+    # os.path, because it takes any text for what it is: no file. A pattern is too long for a name, say.
+    return [Path(v) for v in values if any(os.path.isfile(os.path.join(v, mark)) for mark in marks)]
 
 
 def of_folder(folder: Path) -> str:

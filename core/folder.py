@@ -19,10 +19,24 @@ from rlx.core import checkpoint
 from rlx.core.errors import CheckpointError, ConfigError
 from rlx.core.files import JsonLines, cannot_write, finite, saving, write_text
 from rlx.core.lock import give_back, take
+from rlx.core.text import safe_json
 
 METRICS, COMPLETIONS, MANIFEST, LOCK = "metrics.jsonl", "completions.jsonl", "manifest.json", ".lock"
+BEST = "best.json"
 # What a run leaves at the root of its folder, beside the final policy's files that the manifest lists.
-OWN_FILES = (MANIFEST, METRICS, COMPLETIONS, "config.yaml", "README.md", "crash.txt", "plots", "trackers")
+OWN_FILES = (
+    MANIFEST,
+    METRICS,
+    COMPLETIONS,
+    BEST,
+    "config.yaml",
+    "README.md",
+    "crash.txt",
+    "plots",
+    "debug",
+    "baselines",
+    "trackers",
+)
 POLICY_FILES = (
     "config.json",
     "*.safetensors",
@@ -145,7 +159,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> Path:
         """Write values as JSON, like ``write_text``; NaN becomes null."""
-        return self.write_text(name, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+        return self.write_text(name, safe_json(finite(value), indent=2) + "\n")
 
     def publish(self, fill: Callable[[Path], object]) -> list[str]:
         """Put the final policy at the folder's root: written aside, then moved into place file by file.

@@ -7,11 +7,13 @@ in nats.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import distributed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +26,27 @@ def alone(values: Tensor) -> Tensor:
     return values
 
 
+def gather_rows(values: Tensor, total: Total) -> tuple[Tensor, int]:
+    """The rows of all processes one after another, and where those of this process begin.
+
+    Args:
+        values: (K, …) of this process; K may differ between processes and be 0.
+        total: sum over all processes.
+
+    Returns:
+        (sum of K, …), the same on every process; int.
+    """
+    several = distributed.is_available() and distributed.is_initialized()
+    place, processes = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
+    sizes = torch.zeros(processes, dtype=torch.long, device=values.device)
+    sizes[place] = len(values)
+    counts = total(sizes).tolist()
+    first = sum(counts[:place])
+    rows = values.new_zeros(sum(counts), *values.shape[1:])
+    rows[first : first + len(values)] = values
+    return total(rows), first
+
+
 def segment_sum(x: Tensor, counts: Tensor) -> Tensor:
     """Sum of x (S,) over each sequence → (N,); an empty sequence sums to 0.
 
@@ -31,7 +54,7 @@ def segment_sum(x: Tensor, counts: Tensor) -> Tensor:
         ValueError: if the counts do not add up to S.
     """
     _check(x, counts)
-    return x.new_zeros(len(counts)).index_add(0, owners(counts), x)
+    return x.new_zeros(len(counts)).index_add(0, owners(counts, len(x)), x)
 
 
 def segment_mean(x: Tensor, counts: Tensor) -> Tensor:
@@ -44,9 +67,9 @@ def spread(per_sequence: Tensor, counts: Tensor) -> Tensor:
     return per_sequence.repeat_interleave(counts)
 
 
-def owners(counts: Tensor) -> Tensor:
-    """(S,) int64, the sequence that each token belongs to."""
-    return torch.repeat_interleave(counts)
+def owners(counts: Tensor, size: int | None = None) -> Tensor:
+    """(S,) int64, the sequence that each token belongs to; with S as size the device is not waited for."""
+    return torch.repeat_interleave(counts, output_size=size)
 
 
 def last_token(counts: Tensor) -> Tensor:
@@ -124,8 +147,25 @@ def gae(
     return advantages, advantages + values
 
 
+def imitation_loss(logps: Tensor, kind: str = "nll") -> Tensor:
+    """−log p of each token (S,), or −p·log p with p a constant, so that unlikely tokens pull less.
+
+    Args:
+        logps: (S,) log p.
+        kind: ``nll`` or ``dft``.
+
+    Raises:
+        ValueError: for any other kind.
+
+    Source: dft arXiv:2508.05629, equation 9
+    """
+    if kind not in ("nll", "dft"):
+        raise ValueError(f"imitation must be nll or dft, not {kind!r}")
+    return -logps if kind == "nll" else -logps.detach().exp() * logps
+
+
 def moments(x: Tensor, total: Total = alone) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and unbiased variance of x over all processes, in float64.
+    """Count, mean and unbiased variance of x (K,) over all processes, () float64 each.
 
     A single value has variance 0; no value at all has mean 0 and variance 0.
     """
@@ -186,6 +226,23 @@ def group_sum(x: Tensor, groups: Tensor) -> Tensor:
 def group_size(groups: Tensor) -> Tensor:
     """(N,) int64, how many sequences share the group of each."""
     return group_sum(torch.ones_like(groups), groups)
+
+
+def group_moments(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased deviation of the group of each value (N,), NaN left out; a single value's is 0."""
+    count = group_sum((~x.isnan()).to(x), groups)
+    mean = group_sum(x.nan_to_num(), groups) / count.clamp(min=1)
+    squares = group_sum((x - mean).nan_to_num().square(), groups)
+    return mean, (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def quantile(x: Tensor, q: float) -> float:
+    """The q-quantile of x (K,), linear between its neighbours; infinite if there is none."""
+    if not len(x):
+        return math.inf
+    place = q * (len(x) - 1)
+    below, above = x.sort().values[[math.floor(place), math.ceil(place)]].tolist()
+    return float(below + (place - math.floor(place)) * (above - below))
 
 
 def _check(x: Tensor, counts: Tensor) -> None:

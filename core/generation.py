@@ -1,10 +1,10 @@
 """Sampling completions from any transformers decoder, without gradient.
 
 What this is: each distinct prompt is run once and its key-value cache copied to its completions; rows that
-are finished leave the batch; every token's log-prob is recorded as it is drawn. Greedy output equals
-``model.generate`` token for token. What this leaves out: filling freed rows with waiting prompts, beam
-search, encoder-decoder models. A model whose cache is unknown is decoded by ``model.generate``
-(``rlx.core.plain_generation``), said once.
+are finished leave the batch, and where samples wait, these take their places; every token's log-prob is
+recorded as it is drawn. Greedy output equals ``model.generate`` token for token. What this leaves out: beam
+search, encoder-decoder models. A model whose cache is unknown, or whose adapter puts virtual tokens before
+the prompt, is decoded by ``model.generate`` (``rlx.core.plain_generation``), said once.
 
 A sample depends on the weights, its prompt, its prompt's seed and its index, not on what else is in the
 batch: each (sample, position) has its own uniform number. Padding and batch size change logits in the last
@@ -24,11 +24,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from rlx.core.decoding import Door, Progress, Run, decode_shared
+from rlx.core.decode_loop import decode_shared
+from rlx.core.decoding import Door, Progress, Run
 from rlx.core.errors import DataError
+from rlx.core.packed_linear import LEAST_STEPS, packed
 from rlx.core.plain_generation import decode_by_generate
 from rlx.core.sampling import check
 from rlx.plugins.contract import Completions, Sampling
+from rlx.plugins.telling import OnComplete
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +48,9 @@ def generate(
     batch_size: int | None = None,
     accelerator: Any = None,
     on_progress: Progress | None = None,
+    on_complete: OnComplete | None = None,
     plain: bool = False,
+    packed_weights: bool = True,
 ) -> Completions:
     """Sample n completions of each prompt.
 
@@ -59,7 +64,9 @@ def generate(
         batch_size: completions sampled at a time; None: as many as memory allows.
         accelerator: its autocast applies, if given.
         on_progress: called with (finished, all) completions now and then.
+        on_complete: called with completions that will not change any more, each once.
         plain: decode by ``model.generate``: the same contract, without shared prompts and dropped rows.
+        packed_weights: lay the weights out for products of few rows where it pays (``packed_linear``).
 
     Returns:
         Completions, n adjacent ones a prompt.
@@ -75,16 +82,28 @@ def generate(
         return Completions([], [], [])
     door = Door(model, decoder)
     if door.kind == "unknown" and not plain:
-        say_fallback(type(decoder).__name__)
-    decode = decode_by_generate if plain or door.kind == "unknown" else decode_shared
-    run = Run(door, prompts, n, sampling, seeds, tokenizer, on_progress)
+        say_fallback(type(decoder).__name__ + (" with virtual tokens" if door.virtual_tokens else ""))
+    run = Run(door, prompts, n, sampling, seeds, tokenizer, on_progress, on_complete)
+    pays = packed_weights and not plain and sampling.max_new_tokens >= LEAST_STEPS
     with (
         sampling_mode(model),
         accelerator.autocast() if accelerator is not None else contextlib.nullcontext(),
+        packed(model) if pays else contextlib.nullcontext(),
     ):
-        for samples in run.batches(batch_size):
-            decode(run, samples)
+        _decode(run, batch_size, plain)
     return run.completions()
+
+
+def _decode(run: Run, batch_size: int | None, plain: bool) -> None:
+    """Sample all of a run."""
+    decode = decode_by_generate if plain or run.door.kind == "unknown" else decode_shared
+    batches = run.batches(batch_size)
+    if decode is decode_shared and run.may_join:
+        first, *others = batches
+        decode_shared(run, first, [sample for samples in others for sample in samples])
+    else:
+        for samples in batches:
+            decode(run, samples)
 
 
 @contextlib.contextmanager

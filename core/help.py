@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import textwrap
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from rlx.core.components import short_name
+from rlx.core.arguments import switch_words
+from rlx.core.components import REFERENCE_OFF, short_name
 from rlx.core.config import Draft
 from rlx.core.options import MISSING, Option, is_list, options, type_name
-from rlx.core.settings import Settings
+from rlx.core.settings import READ_BY, Settings
 from rlx.core.text import safe_text
 
 USAGE = """\
@@ -35,10 +37,13 @@ SWITCHES = (
 )
 # Core options that mean something only for some algorithms.
 SAMPLED = frozenset(
-    "reward reward_weight reward_on_error reward_error_value generator generation_dtype".split()
+    "reward reward_weight reward_on_error reward_error_value judge generator generation_dtype".split()
 )
 VALUED = frozenset(("value_model", "value_learning_rate"))
-REFERRED = frozenset(("reference_model", "reference_adapter"))
+REFERRED = frozenset(
+    "reference_model reference_adapter sync_ref_model ref_model_mixup_alpha ref_model_sync_steps "
+    "precompute_ref_log_probs".split()
+)
 
 
 @dataclass(frozen=True)
@@ -104,22 +109,22 @@ def run_help(values: Mapping[str, Any], where: Mapping[str, str]) -> list[Panel]
 
 
 def _hidden(algorithm: Any) -> frozenset[str]:
-    """Core options that do nothing for this algorithm."""
-    hidden: frozenset[str] = frozenset()
+    """Core options that do nothing for this algorithm, whatever its own options are."""
+    hidden = frozenset(name for name, eaters in READ_BY.items() if algorithm.eats not in eaters)
     if algorithm.eats != "prompts":
         hidden |= SAMPLED | {name for name, option in options(Settings).items() if option.panel == "Sampling"}
-    if any(option.default is MISSING for option in options(algorithm.Config).values()):
+    own = options(algorithm.Config)
+    if any(option.default is MISSING for option in own.values()):
         return hidden  # what it needs is known only with its options
     needs = algorithm(algorithm.Config()).needs
-    return (
-        hidden
-        | (frozenset() if "values" in needs else VALUED)
-        | (frozenset() if needs & {"reference", "kl"} else REFERRED)
+    refers = needs & {"reference", "kl"} or any(
+        name in own and own[name].default == off for name, off in REFERENCE_OFF.items()
     )
+    return hidden | (frozenset() if "values" in needs else VALUED) | (frozenset() if refers else REFERRED)
 
 
 def _row(option: Option, draft: Draft | None, prefix: str = "") -> Row:
-    switch = "[no-]" if option.type is bool and not prefix else ""
+    switch = "[no-]" if switch_words(option) and not prefix else ""
     flag = f"--{switch}{prefix}{option.name}".replace("_", "-")
     kind = _metavar(option)
     default, source = option.default, ""
@@ -147,6 +152,9 @@ def _metavar(option: Option) -> str:
         "text": "TEXT",
         "mapping": "WANTED=FOUND",
     }
+    if typing.get_origin(option.type) is typing.Literal:
+        values = type_name(option.type).replace(" ", "")
+        return f"[{values}]" if switch_words(option) else values
     name = type_name(option.type).removesuffix(" or none").removeprefix("list of ")
     return words.get(name, "VALUE")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from rlx.core.batch import Batch, Rollouts, Sequences
-    from rlx.core.rollout import Clock
+    from rlx.core.clock import Clock
     from rlx.core.update import Updater
 
 

@@ -11,13 +11,15 @@ Legend: R rows, H key-value heads, T cached tokens, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+
+from rlx.core.lm_head import free_bytes
 
 # Tokens of room added when a layer is full. More room means fewer copies, but rows that lie further apart,
 # which slows attention down where a row's keys are few: 256 rows of 35 x 24 numbers take 0.55 ms without gaps
@@ -83,6 +85,28 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # transformers is untyp
         super().reset()
         self.filled = 0
 
+    def stack(self, layers: Sequence[GrowingLayer]) -> None:
+        """Become the rows of filled layers below each other, their last columns in line."""
+        filled = max(layer.filled for layer in layers)
+        self.lazy_initialization(layers[0].keys, layers[0].values)
+
+        def together(parts: list[Tensor]) -> Tensor:
+            rows, (_, heads, _, size) = sum(len(part) for part in parts), parts[0].shape
+            # Zeros, as a value that nobody attends to is still multiplied by 0.
+            buffer = parts[0].new_zeros(rows, heads, filled + GROWTH, size)
+            start = 0
+            for part in parts:
+                buffer[start : start + len(part), :, filled - part.shape[2] : filled] = part
+                start += len(part)
+            return buffer
+
+        keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
+        self._hold(together(keys), together(values), filled)
+
+    def drop_columns(self, count: int) -> None:
+        """Forget the first columns; their room stays taken until the layer grows or loses rows."""
+        self._hold(self.key_buffer[:, :, count:], self.value_buffer[:, :, count:], self.filled - count)
+
     def _grow(self, capacity: int) -> None:
         self.key_buffer = _with_room(self.keys, capacity)
         self.value_buffer = _with_room(self.values, capacity)
@@ -112,6 +136,29 @@ def new_cache(config: Any, growing: bool = True) -> DynamicCache:
     return cache
 
 
+def joins(cache: DynamicCache) -> bool:
+    """Whether ``joined`` and ``drop_columns`` work: every layer is a ``GrowingLayer``."""
+    return bool(cache.layers) and all(type(layer) is GrowingLayer for layer in cache.layers)
+
+
+def joined(caches: Sequence[DynamicCache], empty: DynamicCache) -> DynamicCache:
+    """The rows of all caches below each other, their last columns in line.
+
+    Args:
+        caches: of one model, filled, any number of rows and columns.
+        empty: a new cache of that model, which is filled and returned.
+    """
+    for number, layer in enumerate(empty.layers):
+        layer.stack([cache.layers[number] for cache in caches])
+    return empty
+
+
+def drop_columns(cache: DynamicCache, count: int) -> None:
+    """Forget the first columns of every layer."""
+    for layer in cache.layers:
+        layer.drop_columns(count)
+
+
 def kind_of(cache: DynamicCache) -> Literal["padded", "equal", "unknown"]:
     """How rows may share a batch: with left padding, only with equal prompt lengths, or nobody knows."""
     names = {type(layer).__name__ for layer in cache.layers}
@@ -132,9 +179,4 @@ def rows_that_fit(decoder: PreTrainedModel, tokens: int, device: torch.device) -
     size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
     cached = 2 * config.num_hidden_layers * shared * size * tokens * decoder.dtype.itemsize
     row = 2 * cached + 6 * 4 * config.vocab_size
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-        free -= torch.cuda.memory_allocated(device)
-    else:
-        free = psutil.virtual_memory().available
-    return int(max(1, free // 2 // row))
+    return int(max(1, free_bytes(device) // 2 // row))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import psutil
 import torch
@@ -332,3 +332,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Tran
     if bias is not None:
         out += bias
     return transform.in_place(out)
+
+
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A linear layer that nothing has been put around: no adapter, quantisation, hook or replaced forward."""
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return type(module) is nn.Linear and not any(hooks) and "forward" not in vars(module)

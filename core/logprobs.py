@@ -1,7 +1,8 @@
 """Log-probs, entropies and values of scored tokens, from any transformers causal language model.
 
-The trunk (the decoder without its output head) runs over right-padded sequences; its hidden states go through
-the head only at positions that predict a scored token, and never as one [batch, time, vocabulary] tensor.
+The trunk (the decoder without its output head) runs over one row in which a shared prompt stands once, or
+over right-padded sequences (``rlx.core.states``); its hidden states go through the head only at positions
+that predict a scored token, and never as one [batch, time, vocabulary] tensor.
 Leaves out: generation, and which model is the reference (the caller passes it).
 
 Legend: N sequences, T tokens, S scored tokens, L tokens of the longest sequence, D hidden size, V vocabulary.
@@ -9,7 +10,7 @@ Legend: N sequences, T tokens, S scored tokens, L tokens of the longest sequence
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +21,17 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from rlx.core.batch import Scores, Sequences, flat_index
-from rlx.core.lm_head import EXTRAS, Transform, chunk_rows, head_logps, logits_logps, module_logps
-from rlx.core.microbatch import cut
-from rlx.core.probe import CausalLM, plan_for, trunk_of
+from rlx.core.lm_head import (
+    EXTRAS,
+    Transform,
+    chunk_rows,
+    head_logps,
+    is_plain_linear,
+    logits_logps,
+    module_logps,
+)
+from rlx.core.probe import CausalLM, plan_for
+from rlx.core.states import micro_batches, padded, states
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +65,7 @@ def score(
         extras: also give ``correct`` or ``square`` (see ``Scores``), which have no gradient.
         logps: False for the values alone, without a pass through the output head; ``Scores.logps`` is empty.
         value_head: hidden states (S, D) → values (S,), applied where each scored token is predicted.
-        token_budget: padded tokens of a forward pass, when no gradient is wanted.
+        token_budget: tokens of a forward pass, when no gradient is wanted.
         accelerator: its autocast is entered; None for none.
 
     Returns:
@@ -71,7 +80,7 @@ def score(
     with accelerator.autocast() if accelerator is not None else nullcontext():
         if torch.is_grad_enabled() and len(sequences):
             return Scores(**wanted.of(bare, sequences))
-        parts = _parts(sequences, token_budget)
+        parts = _parts((bare,), sequences, token_budget)
         found = [wanted.of(bare, sequences.take(part)) for part in parts]
     return Scores(
         **{name: _in_order([one[name] for one in found], parts, sequences) for name in wanted.names},
@@ -99,7 +108,7 @@ def full_kl(
             with its adapter off.
         sequences: on any device.
         temperature: both models' logits are divided by it.
-        token_budget: padded tokens of a forward pass.
+        token_budget: tokens of a forward pass.
         accelerator: its autocast is entered; None for none.
 
     Returns:
@@ -107,7 +116,9 @@ def full_kl(
     """
     policy: CausalLM = extract_model_from_parallel(policy_model)
     sequences = sequences.to(policy.get_input_embeddings().weight.device)
-    parts, found = _parts(sequences, token_budget), []
+    with reference_context() as model:
+        both = policy, extract_model_from_parallel(model)
+        parts, found = _parts(both, sequences, token_budget), []
     with accelerator.autocast() if accelerator is not None else nullcontext():
         for part in parts:
             taken = sequences.take(part)
@@ -122,10 +133,23 @@ def full_kl(
     return _in_order(found, parts, sequences)
 
 
-def _parts(sequences: Sequences, token_budget: int) -> list[Tensor]:
+def trunk_for(model: nn.Module, sequences: Sequences) -> nn.Module | None:
+    """The part of a model that gives its hidden states; None if it is called as a whole.
+
+    Args:
+        model: as in ``score``.
+        sequences: at least one token, on the model's device.
+    """
+    return plan_for(extract_model_from_parallel(model), sequences).trunk
+
+
+def _parts(models: Iterable[CausalLM], sequences: Sequences, token_budget: int) -> list[Tensor]:
     """Micro-batches of the sequences that have a scored token."""
     some = sequences.counts.nonzero().squeeze(1)
-    return [some[part] for part in cut(sequences.lengths[some], token_budget)]
+    if not len(some):
+        return []
+    trunks = [trunk_for(model, sequences) for model in models]
+    return [some[part] for part in micro_batches(trunks, sequences.take(some), token_budget)]
 
 
 def _in_order(values: list[Any], parts: list[Tensor], sequences: Sequences) -> Tensor:
@@ -183,22 +207,18 @@ class _Readout:
     def __init__(self, model: CausalLM, sequences: Sequences, *, want_hidden: bool = False) -> None:
         self.model, self.plan = model, plan_for(model, sequences)
         self.targets = sequences.ids[sequences.scored]
-        ids_NL, mask_NL, scored_NL = _pad(sequences)
-        # The state of the last column predicts nothing, so its token is not fed (a lone column must be).
-        width = max(1, ids_NL.shape[1] - 1)
-        inputs: dict[str, Any] = {"input_ids": ids_NL[:, :width], "use_cache": False}
-        if self.plan.masked:
-            inputs["attention_mask"] = mask_NL[:, :width].long()
-        predicts = torch.zeros_like(mask_NL[:, :width])
-        predicts[:, : scored_NL.shape[1] - 1] = scored_NL[:, 1:]
+        places = sequences.scored.nonzero().squeeze(1) - 1  # a token is predicted by the state before it
+        trunk, masked = self.plan.trunk, self.plan.masked
         self.hidden = self.logits = torch.empty(0)
-        if self.plan.direct:
-            self.hidden = trunk_of(model)(**inputs)[0][predicts]
-        else:  # cut from the right: prompt tuning puts virtual tokens before the first one
+        if trunk is not None:
+            self.hidden = states(trunk, sequences, places, masked=masked)
+        else:
+            inputs, rows, columns = padded(sequences, places, masked=masked)
             out = model(**inputs, output_hidden_states=want_hidden)
-            self.logits = out.logits[:, -width:][predicts]
+            columns = columns - inputs["input_ids"].shape[1]  # from the right: virtual tokens stand before
+            self.logits = out.logits[rows, columns]
             if want_hidden:
-                self.hidden = out.hidden_states[-1][:, -width:][predicts]
+                self.hidden = out.hidden_states[-1][rows, columns]
 
     def logps(self, temperature: float, entropy: bool, extras: tuple[str, ...]) -> tuple[Any, ...]:
         """Log-probs (S,) of the scored tokens, entropies (S,) or None, and extras (S,)."""
@@ -207,7 +227,7 @@ class _Readout:
         if not plan.direct:
             return logits_logps(Transform(temperature)(self.logits), targets, **options)
         head = self.model.get_output_embeddings()
-        if _is_plain(head):
+        if is_plain_linear(head):
             run = partial(head_logps, self.hidden, head.weight, head.bias, targets)
         else:
             run = partial(module_logps, head, self.hidden, targets, self.vocabulary)
@@ -230,18 +250,3 @@ class _Readout:
         transform = Transform(temperature, self.plan.scale, self.plan.softcap)
         logits: Tensor = self.model.get_output_embeddings()(self.hidden[at])
         return transform(logits).log_softmax(-1)
-
-
-def _pad(sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids (N, L) right-padded with 0, which positions are real (N, L), and which are scored (N, L)."""
-    longest = int(sequences.lengths.max())
-    mask = torch.arange(longest, device=sequences.ids.device) < sequences.lengths[:, None]
-    ids, scored = torch.zeros_like(mask, dtype=torch.long), torch.zeros_like(mask)
-    ids[mask], scored[mask] = sequences.ids, sequences.scored
-    return ids, mask, scored
-
-
-def _is_plain(head: nn.Module) -> bool:
-    """A linear layer that nothing has been put around: no adapter, quantisation, hook or replaced forward."""
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return type(head) is nn.Linear and not any(hooks) and "forward" not in vars(head)

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from rlx.core import snapshot
+from rlx.core.errors import DivergedError
 from rlx.core.evaluate import evaluate
+from rlx.core.evidence import keep_batch
 from rlx.core.meter import total
 from rlx.core.order import share
 from rlx.core.parts import Parts
+from rlx.core.peers import agreed, heed_all
 from rlx.core.session import close, session
 from rlx.core.streams import generator
 
@@ -53,15 +56,16 @@ class Run(Parts):
         rows, mine = self.next_rows()
         before = self.studio.reward_state()
         try:
-            rollouts = self.studio.roll_out(
-                cast("Prompts", self.data.batch(rows, mine)),
-                self.algorithm.completions_per_prompt,
-                self.algorithm.needs,
-                self.global_step,
-                mine,
-            )
-            self.rollouts = rollouts
-            self.events.emit("on_rollouts", run=self, rollouts=rollouts)
+            with agreed(self, "sampling and scoring"):
+                rollouts = self.studio.roll_out(
+                    cast("Prompts", self.data.batch(rows, mine)),
+                    self.algorithm.completions_per_prompt,
+                    self.algorithm.needs,
+                    self.global_step,
+                    mine,
+                )
+                self.rollouts = rollouts
+                self.events.emit("on_rollouts", run=self, rollouts=rollouts)
         except BaseException:
             self.studio.load_reward_state(before)  # a checkpoint can still be taken, as before this step
             raise
@@ -69,8 +73,10 @@ class Run(Parts):
 
     def collate(self) -> Batch:
         """The batch of the next step of an algorithm that does not sample, reference log-probs measured."""
-        batch: Any = self.data.batch(*self.next_rows())
-        measured: Batch = self.studio.compare(batch, self.algorithm.needs)
+        rows = self.next_rows()
+        with agreed(self, "measuring the batch"):
+            batch: Any = self.data.batch(*rows)
+            measured: Batch = self.studio.compare(batch, self.algorithm.needs)
         return measured
 
     def next_rows(self) -> tuple[list[int], list[int]]:
@@ -81,8 +87,7 @@ class Run(Parts):
     def prepare(self, batch: Batch) -> Batch:
         """What the algorithm makes of a batch, once, before the mini-batches: advantages and the like."""
         self.boundary = False
-        prepared: Batch = self.algorithm.prepare(batch, self.score)
-        return prepared
+        return cast("Batch", self.algorithm.prepare(batch, self.score))
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Epochs × mini-batches of a prepared batch, shuffled anew each epoch.
@@ -113,8 +118,12 @@ class Run(Parts):
     def update(self, mini_batch: Batch) -> str:
         """One optimizer step on a mini-batch; what became of it: ``step``, ``skip`` or ``stop``."""
         self.boundary = False
-        with self.studio.clock.measure("update"):
-            outcome = self.updater(mini_batch)
+        try:
+            with self.studio.clock.measure("update"):
+                outcome = self.updater(mini_batch)
+        except DivergedError as error:
+            keep_batch(self, mini_batch, error)
+            raise
         self.journal.meter.merge(outcome.metrics)
         self.events.emit("on_loss", run=self, batch=mini_batch, loss=outcome.loss)
         return outcome.verdict
@@ -138,6 +147,7 @@ class Run(Parts):
         Returns:
             The log line, or an empty dict.
         """
+        heed_all(self)
         last = self.global_step >= self.total_steps or self.stopping
         every = self.settings.eval_steps
         evaluating = last or (every is not None and self.global_step % every == 0)
@@ -148,19 +158,27 @@ class Run(Parts):
             self.log(logged | evaluation)
         self.reported = self.global_step
         self.events.emit("on_step_end", run=self, metrics=logged)
+        heed_all(self)
+        if self.stopping and not evaluating:  # a callback has just made this step the last
+            if late := evaluate(self):
+                self.log(late)
+            heed_all(self)
+        if self.saving:
+            snapshot.attempt(self)
         return logged
 
     def log(self, metrics: dict[str, float]) -> None:
         """Write one line of metrics and tell the callbacks."""
         line = {"step": self.global_step, **metrics}
         self.metrics_history.append(line)
-        if self.folder is not None:
-            self.folder.log_metrics(line)
+        with agreed(self, "writing the log line"):
+            if self.folder is not None:
+                self.folder.log_metrics(line)
         self.events.emit("on_log", run=self, metrics=line)
         self.journal.restart()
 
     def close(self, status: str = "finished", exit_code: int = 0) -> None:
-        """Give back the folder and what the generator holds; the manifest says how the run ended.
+        """Give back the folder and what the studio holds; the manifest says how the run ended.
 
         Args:
             status: ``finished``, ``interrupted`` or ``failed``.
@@ -169,7 +187,9 @@ class Run(Parts):
         close(self, status, exit_code)
 
     def save(self) -> Path | None:
-        """Write a checkpoint, between two steps; see ``rlx.core.snapshot.save``."""
+        """Write a checkpoint, between two steps, unless this step has one; see ``rlx.core.snapshot.save``."""
+        if self.saved == self.global_step:
+            return None if self.folder is None else self.path / f"checkpoint-{self.saved}"
         return snapshot.save(self)
 
     def __enter__(self) -> Run:

@@ -13,12 +13,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlx.core.folder import MANIFEST, RunFolder, read_manifest
-from rlx.core.text import REDACTED, is_secret, redact
+from rlx.core.text import REDACTED, is_secret, redact, safe_text
 from rlx.plugins.registry import registry
 
 SCHEMA = 1
@@ -60,10 +60,7 @@ def begin(folder: RunFolder, *, seed: int, data: str, device: str, processes: in
         "seed": seed,
         "data": data,
         "versions": versions(),
-        "plugins": [
-            {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
-            for plugin in registry().plugins()
-        ],
+        "plugins": plugins(),
         "hardware": hardware(device) | {"processes": processes},
         "files": old.get("files", []),
         "earlier": earlier,
@@ -71,7 +68,7 @@ def begin(folder: RunFolder, *, seed: int, data: str, device: str, processes: in
     folder.write_json(MANIFEST, manifest)
 
 
-def finish(folder: RunFolder, status: str, *, seconds: float, exit_code: int) -> None:
+def finish(folder: RunFolder, status: str, *, seconds: float, exit_code: int, stopped: str = "") -> None:
     """Say in the manifest how the run ended.
 
     Args:
@@ -79,11 +76,13 @@ def finish(folder: RunFolder, status: str, *, seconds: float, exit_code: int) ->
         status: ``finished``, ``interrupted`` or ``failed``.
         seconds: how long this part of the run took.
         exit_code: of the command line; 0 for success.
+        stopped: why a callback ended the run before its last step, if one did.
 
     Raises:
         SaveError: it could not be written.
     """
     ending = {"status": status, "ended": _now(), "seconds": round(seconds, 3), "exit": exit_code}
+    ending |= {"stopped": stopped} if stopped else {}
     folder.write_json(MANIFEST, {**read_manifest(folder.path), **ending})
 
 
@@ -97,6 +96,32 @@ def command_line(words: Sequence[str]) -> str:
         shown.append(REDACTED if hide else f"{flag}={REDACTED}" if secret and sign else redact(word))
         hide = secret and not sign
     return shlex.join(shown)
+
+
+def plugins() -> list[dict[str, str]]:
+    """The plugins that are loaded, with what they come from."""
+    return [
+        {"name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+        for plugin in registry().plugins()
+    ]
+
+
+def changed_plugins(old: Iterable[Mapping[str, str]]) -> list[str]:
+    """What became of plugins that were there: gone, or of another version; a sentence each.
+
+    Args:
+        old: what ``plugins`` gave.
+    """
+    now = {plugin["name"]: plugin["version"] for plugin in plugins()}
+    told = []
+    for plugin in old:
+        name, version = plugin["name"], plugin["version"]
+        shown = safe_text(f"plugin {name} of {plugin['distribution']}", 120)
+        if name not in now:
+            told.append(f"{shown} {safe_text(version, 40)} was there, and is no longer")
+        elif now[name] != version:
+            told.append(f"{shown}: {safe_text(version, 40)} → {now[name]}")
+    return told
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,7 @@ be loaded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,22 @@ from torch import Tensor, nn
 
 from rlx.core import adapters
 from rlx.core.lm_head import CHUNK_BYTES, KEEP_SHARE, free_bytes
+from rlx.core.packed_linear import LEAST_STEPS, copies_bytes
 from rlx.core.precision import DTYPES
+from rlx.core.recompute import recomputes
 from rlx.core.settings import Settings
+from rlx.core.values import ValueModel
 
 _STEP_BYTES = 4  # AdamW counts each parameter's steps in a float32
 _HIDDEN_STATES = 13  # kept by one block, measured on Llama, Qwen, Gemma and GPT-2 blocks: 11 to 16
 _MLP_STATES = 4  # gate, activation, up, product
 _CHUNKS = 3  # logits, their exponentials and their gradient, at most, of one chunk
+
+LEAST_TOKENS = 1024
+MOST_TOKENS = {"cpu": 2048, "cuda": 65536}
+"""Bounds of the tokens of a micro-batch where memory decides; other devices have those of the CPU."""
+FILLED = 0.8
+"""Share of the free memory that an optimizer step may take by this estimate."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,16 @@ class MemoryReport:
         return sum(self.shared.values()) + max(sum(self.training.values()), sum(self.sampling.values()))
 
     @property
+    def step(self) -> int:
+        """Bytes that an optimizer step needs and that are not allocated yet."""
+        return sum(self.shared.values()) + sum(self.training.values()) - self.loaded
+
+    @property
+    def step_fits(self) -> bool:
+        """Whether an optimizer step leaves some of the free memory free."""
+        return self.step <= FILLED * self.available
+
+    @property
     def fits(self) -> bool:
         """Whether what is not allocated yet is available."""
         return self.peak - self.loaded <= self.available
@@ -84,12 +103,13 @@ def estimate(
     value: nn.Module | None = None,
     trained: Collection[nn.Parameter] | None = None,
     device: torch.device | None = None,
+    checkpointing: bool | None = None,
 ) -> MemoryReport:
     """What a run needs.
 
     Args:
         model: the policy's model as it is trained (adapter included), loaded or on the meta device.
-        settings: optimizer, gradient checkpointing, generation dtype, lengths.
+        settings: optimizer, generation dtype, lengths.
         token_budget: padded tokens of one micro-batch.
         generation_rows: completions sampled at a time.
         reference: kind of the reference: ``none``, ``adapter off``, ``adapter``, ``copy`` or ``model``.
@@ -97,6 +117,7 @@ def estimate(
         value: the value function's module.
         trained: what is trained of the model; None for what requires gradients.
         device: where it will run; the model's own by default.
+        checkpointing: whether activations are recomputed in the backward pass; None: as the models have it.
     """
     place = next(model.parameters()).device
     device = place if device is None else device
@@ -109,21 +130,71 @@ def estimate(
         "optimizer": optimizer_bytes([*trained, *value_trained], settings.optim),
         "reference": _reference_bytes(model, own, reference, reference_model),
     }
+    trunks = [model, value.backbone] if isinstance(value, ValueModel) else [model]
     training = {
         "gradients": sum(_bytes(p) for p in [*trained, *value_trained]),
-        "activations": activation_bytes(model, token_budget, checkpointing=settings.gradient_checkpointing),
+        "activations": sum(
+            activation_bytes(
+                one, token_budget, checkpointing=recomputes(one) if checkpointing is None else checkpointing
+            )
+            for one in trunks
+        ),
         "logits": logits_bytes(model, token_budget, free_bytes(device)),
     }
-    length = settings.max_prompt_length + settings.max_completion_length
-    dtype = DTYPES.get(settings.generation_dtype, _compute_dtype(model))
-    sampling = {
-        "generation weights": sum(p.numel() for p in model.parameters() if p.dtype != dtype) * dtype.itemsize
-        if settings.generation_dtype != "none"
-        else 0,
-        "kv cache": kv_cache_bytes(model.config, generation_rows, length, dtype),
-    }
+    sampling = _sampling(model, settings, generation_rows, device)
     loaded = 0 if place.type == "meta" else sum(shared.values()) - shared["optimizer"]
     return MemoryReport(shared, training, sampling, free_bytes(device), loaded)
+
+
+def token_budget(model: Any, settings: Settings, **sizes: Any) -> int:
+    """Tokens of one forward and backward: those asked for, else as many as are of use and fit into memory.
+
+    Powers of two, so that a little more or less of free memory changes nothing.
+
+    Args:
+        model: as of ``estimate``.
+        settings: ``max_tokens_per_micro_batch``, and what ``estimate`` reads.
+        sizes: the reference, value function, device and checkpointing for ``estimate``.
+    """
+    if settings.max_tokens_per_micro_batch is not None:
+        return settings.max_tokens_per_micro_batch
+    device = sizes.get("device") or next(model.parameters()).device
+    tokens = MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"])
+    while tokens > LEAST_TOKENS:
+        if estimate(model, settings, token_budget=tokens, generation_rows=0, **sizes).step_fits:
+            break
+        tokens //= 2
+    return tokens
+
+
+def too_large(model: Any, settings: Settings, **sizes: Any) -> str:
+    """Why no optimizer step fits as long as activations are kept; empty where one does, by the estimate.
+
+    Args:
+        model: as of ``estimate``.
+        settings: ``max_tokens_per_micro_batch``, and what ``estimate`` reads.
+        sizes: as of ``token_budget``.
+    """
+    tokens = settings.max_tokens_per_micro_batch or LEAST_TOKENS
+    kept = sizes | {"checkpointing": False}
+    report = estimate(model, settings, token_budget=tokens, generation_rows=0, **kept)
+    if report.step_fits:
+        return ""
+    return (
+        f"a step of {tokens} tokens would need {show_bytes(report.step)} more without, "
+        f"and {show_bytes(report.available)} are free"
+    )
+
+
+def kept_budget(state: Mapping[str, Any], settings: Settings, now: int) -> int:
+    """The budget of a checkpoint, halved or not, unless another one was asked for since.
+
+    Args:
+        state: ``budget`` and, as ``asked``, ``max_tokens_per_micro_batch`` when the checkpoint was written.
+        settings: those of the run that goes on.
+        now: its budget.
+    """
+    return int(state["budget"]) if state["asked"] == settings.max_tokens_per_micro_batch else now
 
 
 def empty_model(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
@@ -155,7 +226,7 @@ def optimizer_bytes(parameters: Iterable[nn.Parameter], optim: str) -> int:
 
 
 def activation_bytes(model: Any, tokens: int, *, checkpointing: bool = False) -> int:
-    """Bytes that a forward pass of the trunk keeps for the backward pass.
+    """Bytes that a forward pass of the model's trunk keeps for the backward pass.
 
     A block keeps about 13 hidden states (two norms, queries, keys and values, the attention's output,
     residuals) and 4 MLP-wide ones; with checkpointing it keeps its input, and one block at a time is whole.
@@ -213,6 +284,24 @@ def _bytes(tensor: Tensor) -> int:
 def _size(module: nn.Module) -> int:
     """Bytes of parameters and buffers; what is shared counts once."""
     return sum(_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _sampling(model: Any, settings: Settings, rows: int, device: torch.device) -> dict[str, int]:
+    """What exists while so many completions are sampled, part by part."""
+    length = settings.max_prompt_length + settings.max_completion_length
+    dtype, cast = (
+        DTYPES.get(settings.generation_dtype, _compute_dtype(model)),
+        settings.generation_dtype != "none",
+    )
+    computes = torch.bfloat16 if settings.mixed_precision == "bf16" and not cast else dtype
+    lays_out = rows and device.type == "cpu" and settings.max_completion_length >= LEAST_STEPS
+    return {
+        "generation weights": sum(p.numel() for p in model.parameters() if p.dtype != dtype) * dtype.itemsize
+        if cast
+        else 0,
+        "laid-out weights": copies_bytes(model, computes) if lays_out else 0,
+        "kv cache": kv_cache_bytes(model.config, rows, length, dtype),
+    }
 
 
 def _reference_bytes(model: Any, own: int, kind: str, reference_model: Any) -> int:

@@ -1,4 +1,4 @@
-"""Cutting a batch into micro-batches by padded tokens. Torch only, no model.
+"""Cutting a batch into micro-batches by the tokens that a model is fed. Torch only, no model.
 
 Legend: N sequences, R rows; ``per_row`` adjacent sequences make a row and are never parted.
 """
@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlx.core.tree import common_lengths
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from rlx.core.batch import Sequences
 
 
 def cut(lengths: Tensor, budget: int, per_row: int = 1) -> list[Tensor]:
@@ -41,6 +45,55 @@ def cut(lengths: Tensor, budget: int, per_row: int = 1) -> list[Tensor]:
         parts.append(order[start : start + rows])
         start += rows
     return parts
+
+
+def cut_trees(sequences: Sequences, budget: int, per_row: int = 1) -> list[Tensor]:
+    """Rows of each micro-batch, so that its tokens stay within a budget, shared ones counted once.
+
+    Rows of a group stand together, the largest group first. A group that fits into a micro-batch is not
+    parted; a larger one is cut into as many as it takes, and each computes the prefix again.
+
+    Args:
+        sequences: N, fed without padding, with what a group has in common once.
+        budget: tokens a micro-batch may have, at least 1; a single row may exceed it.
+        per_row: as in ``cut``.
+
+    Returns:
+        As ``cut``.
+
+    Raises:
+        ValueError: as ``cut``.
+    """
+    longest = _row_lengths(sequences.lengths, per_row)  # or an error
+    if budget < 1:
+        raise ValueError(f"a micro-batch needs a budget of at least 1 token, not {budget}")
+    table = torch.stack([sequences.groups, sequences.lengths, common_lengths(sequences)])
+    groups, lengths, common = table.tolist()
+    families: dict[int, list[int]] = {}
+    for row in range(len(longest)):
+        families.setdefault(groups[row * per_row], []).append(row)
+
+    def tokens(rows: list[int], seen: set[int]) -> int:
+        """Tokens that rows add to a micro-batch that has the prefixes of some groups; these become more."""
+        total = 0
+        for i in (row * per_row + place for row in rows for place in range(per_row)):
+            total += lengths[i] - (common[i] if groups[i] in seen else 0)
+            seen.add(groups[i])
+        return total
+
+    parts: list[list[int]] = []
+    used, seen = budget + 1, set[int]()
+    for rows in sorted(families.values(), key=lambda rows: -tokens(rows, set())):
+        whole = tokens(rows, set()) <= budget
+        for some in [rows] if whole else [[row] for row in rows]:
+            more = tokens(some, set(seen))
+            if used + more > budget:
+                parts.append([])
+                used, seen, more = 0, set(), tokens(some, set())
+            parts[-1] += some
+            tokens(some, seen)
+            used += more
+    return [torch.tensor(part, device=sequences.ids.device) for part in parts]
 
 
 def padding_waste(lengths: Tensor, parts: list[Tensor], per_row: int = 1) -> float:

@@ -6,7 +6,6 @@ dropout, gradient checkpointing and adapters, which the settings ask for by name
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,13 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlx.core import adapters
+from rlx.core import adapters, recompute
 from rlx.core.classify import parts_of
 from rlx.core.errors import ConfigError, DivergedError
-from rlx.core.model_loading import load_causal, load_classifier
+from rlx.core.model_loading import load_causal, load_classifier, savable
 from rlx.core.precision import DTYPES, upcast_norms
 from rlx.core.pretrained import Source, quiet, restore_weights
+from rlx.core.probe import trunk_of
 from rlx.core.settings import Settings
+from rlx.core.sharing import share_or_not
 from rlx.core.streams import rng_scope
 from rlx.core.tokenizer import check_vocabulary, load_tokenizer, ready_tokenizer, stop_token_ids
 from rlx.core.values import (
@@ -126,20 +127,27 @@ class Policy:
             if _is_dropout(name, value):
                 self._declare(config, name, 0.0)
 
-    def with_gradient_checkpointing(self) -> None:
-        """Recompute activations in the backward pass."""
-        with warnings.catch_warnings():
-            # A newer name exists in the newest transformers only; the old one works in all that we support.
-            warnings.simplefilter("ignore", FutureWarning)
-            for model in (self.base, None if self.value_model is None else self.value_model.backbone):
-                if model is not None:
-                    model.gradient_checkpointing_enable(
-                        gradient_checkpointing_kwargs={"use_reentrant": False}
-                    )
-        if self.adapter is not None:
+    @property
+    def trunks(self) -> list[Any]:
+        """The transformers models with activations: the policy's, and that of a value model of its own."""
+        return [self.base] if self.value_model is None else [self.base, self.value_model.backbone]
+
+    def with_gradient_checkpointing(self, on: bool = True) -> None:
+        """Recompute activations in the backward pass, or keep them again.
+
+        Raises:
+            ConfigError: a model does not support it.
+        """
+        recompute.switch(self.trunks, on=on)
+        if on and self.adapter is not None:
             # Frozen embeddings give inputs without gradient; the first checkpointed layer needs one that has.
+            self.base.disable_input_require_grads()  # transformers may have seen to it: once is enough
             self.base.enable_input_require_grads()
-        self._declare(self.base.config.get_text_config(decoder=True), "use_cache", False)
+        config = self.base.config.get_text_config(decoder=True)
+        if on:
+            self._declare(config, "use_cache", False)
+        elif "use_cache" in self._declared:
+            config.use_cache = self._declared.pop("use_cache")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that ``from_pretrained`` reads: weights as they train, tokenizer, value function.
@@ -155,13 +163,14 @@ class Policy:
         for name, value in self._declared.items():
             setattr(config, name, value)
         try:
-            if self.adapter is not None:
-                adapters.save_adapter(self.model, folder, name=self.adapter)
-                if self.base.can_generate():
-                    self.base.generation_config.save_pretrained(str(folder))
-            else:
-                with quiet():
-                    self.model.save_pretrained(str(folder))
+            with savable(self.base):
+                if self.adapter is not None:
+                    adapters.save_adapter(self.model, folder, name=self.adapter)
+                    if self.base.can_generate():
+                        self.base.generation_config.save_pretrained(str(folder))
+                else:
+                    with quiet():
+                        self.model.save_pretrained(str(folder))
         finally:
             for name, value in changed.items():
                 setattr(config, name, value)
@@ -246,9 +255,7 @@ def load_policy(
     model.to(device)
     if classifier:
         parts_of(model)  # or an error that says what is missing
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id
-        )  # transformers' own forward finds the last token by it
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which transformers finds the last token
     policy = Policy(_adapted(settings, model, classifier), tokenizer, report=report)
     if values:
         _add_values(policy, settings, value_model, device, dtype)
@@ -258,8 +265,12 @@ def load_policy(
         adapters.set_dropout(policy.model, settings.lora_dropout, name=policy.adapter)
     if settings.upcast_norms:
         upcast_norms(policy.model)
-    if settings.gradient_checkpointing:
+    if settings.gradient_checkpointing is True:
         policy.with_gradient_checkpointing()
+    trunks = [parts_of(policy.model)[0] if classifier else trunk_of(policy.model)]
+    if policy.value_model is not None:
+        trunks.append(policy.value_model.backbone)
+    policy.report.append(share_or_not(trunks, settings.share_prefix))
     if not any(parameter.requires_grad for parameter in policy.model.parameters()):
         raise ConfigError(
             "the model has 0 trainable parameters",
@@ -312,7 +323,7 @@ def _tokenizer_for(settings: Settings, tokenizer: Any, model: Any, report: list[
 
 def _adapted(settings: Settings, model: Any, classifier: bool) -> Any:
     if settings.adapter:
-        return adapters.load_adapter(model, settings.adapter)
+        return adapters.load_adapter(model, settings.adapter, classifier=classifier)
     if settings.lora_r:
         with rng_scope(settings.seed, "adapter"):
             return adapters.add_lora(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -133,7 +134,8 @@ def options(config: type) -> dict[str, Option]:
         TypeError: if it is no dataclass, or a field was declared without ``opt``.
     """
     if not dataclasses.is_dataclass(config):
-        raise TypeError(f"{config!r} is no dataclass; write @dataclass(frozen=True) above class Config")
+        named = config.__qualname__
+        raise TypeError(f"{named} is no dataclass; write @dataclass(frozen=True) above class Config")
     hints = typing.get_type_hints(config)
     out = {}
     for field in dataclasses.fields(config):
@@ -174,7 +176,7 @@ def type_name(annotation: Any) -> str:
     if origin is dict:
         return "mapping"
     if origin is typing.Literal:
-        return " | ".join(map(str, args))
+        return " | ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in args)
     return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
@@ -245,7 +247,8 @@ def _convert(annotation: Any, value: Any, commas: bool = False) -> Any:
         return origin(_convert(args[0], item) for item in _items(args[0], value, commas))
     if origin is typing.Literal:
         for choice in args:
-            if value == choice or (isinstance(value, str) and value == str(choice)):
+            found = _truth(value) is choice if isinstance(choice, bool) else value == choice
+            if found or (isinstance(value, str) and value == str(choice)):
                 return choice
         raise ValueError(type_name(annotation))
     if annotation is dict or origin is dict:
@@ -294,23 +297,26 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 def _scalar(annotation: Any, value: Any) -> Any:
     wrong = ValueError(type_name(annotation))
-    if annotation is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in TRUE + FALSE:
-            return value.lower() in TRUE
-        raise wrong
+    if annotation is bool and (truth := _truth(value)) is not None:
+        return truth
     if annotation in (int, float):
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise wrong
         return _number(annotation, value, wrong)
     if annotation is str:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise wrong
         return str(value)
     if isinstance(annotation, type) and isinstance(value, annotation):
         return value
     raise wrong
+
+
+def _truth(value: Any) -> bool | None:
+    if isinstance(value, str) and value.lower() in TRUE + FALSE:
+        return value.lower() in TRUE
+    return value if isinstance(value, bool) else None
 
 
 def _number(annotation: type, value: str | int | float, wrong: ValueError) -> int | float:

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlx.core.components import short_name
 from rlx.core.journal import Journal
 from rlx.core.rollout import RunScorer
+from rlx.core.text import safe_text
+from rlx.plugins.events import has_state
+from rlx.plugins.references import make
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from rlx.core.update import Updater
     from rlx.plugins.contract import Algorithm
     from rlx.plugins.events import Events
+
+
+LONGEST_SAID = 4000  # characters of a line
 
 
 @dataclass
@@ -51,9 +58,17 @@ class Parts:
         evaluated: the samples of the last evaluation.
         printers: where ``say`` writes; the last one wins.
         boundary: True while the state equals that between two steps.
+        together: True after a failure that all processes heard of: they stand at the same place.
         stopping: True once the run is to end after its current step.
+        stop_reason: why, in words; empty where nobody said.
+        saving: True once a checkpoint is to be written after the current step.
+        saved: the last step with a checkpoint; -1 before there is one.
+        failed_saves: checkpoints in a row that could not be written.
+        protected: steps whose checkpoints stay, whatever ``save_total_limit`` says.
+        final_checkpoint: the checkpoint whose policy the run ends with; None for the policy as it is.
         reported: the last step whose evaluation and log line, if due, are done.
         fingerprints: option → fingerprint of the files that it names.
+        callback_states: state in the checkpoint of callbacks that are not there; one that is added takes it.
     """
 
     config: RunConfig
@@ -74,9 +89,17 @@ class Parts:
     evaluated: Rollouts | None = None
     printers: list[Callable[[str], None]] = field(default_factory=lambda: [print])
     boundary: bool = True
+    together: bool = False
     stopping: bool = False
+    stop_reason: str = ""
+    saving: bool = False
+    saved: int = -1
+    failed_saves: int = 0
+    protected: set[int] = field(default_factory=set)
+    final_checkpoint: Path | None = None
     reported: int = 0
     fingerprints: dict[str, str] = field(default_factory=dict)
+    callback_states: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.settings, self.tokenizer = self.config.settings, self.policy.tokenizer
@@ -99,11 +122,72 @@ class Parts:
         return Path(self.settings.output_dir) if self.folder is None else self.folder.path
 
     def say(self, line: str) -> None:
-        """Print a line, on the main process only."""
+        """Print a line, or several, on the main process only; what acts on a terminal is shown instead."""
         if self.is_main:
-            self.printers[-1](line)
+            shown = [safe_text(part, LONGEST_SAID) for part in line.split("\n")]
+            self.printers[-1]("\n".join(shown))
             sys.stdout.flush()  # a pipe or a file shows it now, not after the next thousand lines
 
-    def stop(self) -> None:
-        """End the run after this step, as if it were the last."""
-        self.stopping = True
+    def stop(self, reason: str = "") -> None:
+        """End the run after this step, as if it were the last.
+
+        Args:
+            reason: why, for the last lines and the manifest; the first one stays.
+        """
+        self.stopping, self.stop_reason = True, self.stop_reason or reason
+
+    @property
+    def callbacks(self) -> dict[str, Any]:
+        """Name → callback, in the order in which they are called."""
+        return self.events.named
+
+    def add_callback(self, callback: Any, **options: Any) -> Any:
+        """Add a callback while the run goes; it is told of everything from the next event on.
+
+        One that is added after the run began is told ``on_run_start`` at once. In a resumed run it first
+        takes back the state that a callback of its name had in the checkpoint.
+
+        Args:
+            callback: an object, a class, or a reference such as ``early_stopping``.
+            options: of the callback, where it is a class or a reference.
+
+        Returns:
+            The callback.
+
+        Raises:
+            RlxError: it does not exist, cannot be used, or was added before.
+        """
+        found = callback if isinstance(callback, str | type) else type(callback)
+        name = self.events.add(make("callback", callback, options), short_name("callback", found))
+        added = self.events.named[name]
+        try:
+            if name in self.callback_states and has_state(added):
+                added.load_state_dict(self.callback_states.pop(name))
+            self.events.begin(name, self)
+        except BaseException:
+            self.events.remove(added)
+            raise
+        return added
+
+    def remove_callback(self, callback: Any) -> Any:
+        """Remove a callback while the run goes; it is told ``on_run_end`` and nothing after that.
+
+        Its state is in no later checkpoint. A resume builds the callbacks of the configuration anew.
+
+        Args:
+            callback: its name in ``callbacks``, the object, or its class.
+
+        Returns:
+            The callback.
+
+        Raises:
+            ValueError: there is none, or there are several of that class.
+        """
+        name = self.events.find(callback)
+        removed = self.events.named[name]
+        try:
+            self.events.end(name, self)
+        finally:
+            if name in self.events.named:  # an observer that failed just now is switched off already
+                self.events.remove(removed)
+        return removed

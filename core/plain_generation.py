@@ -28,7 +28,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]  # transformers is untyped
         self.run, self.rows = run, rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        tokens, _ = self.run.draw(self.rows, scores, input_ids.shape[1] - self.rows.width)
+        tokens, _ = self.run.draw(self.rows, scores)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens[:, None], 0.0)
 
 
@@ -67,7 +67,6 @@ def decode_by_generate(run: Run, samples: list[int]) -> None:
         )
     finally:
         decoder.generation_config = kept
-    run.report(int(rows.live.sum()))
 
 
 def _mask(rows: Rows) -> Tensor:

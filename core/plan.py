@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlx.core.memory import empty_model, estimate
+from rlx.core.memory import empty_model, estimate, token_budget, too_large
+from rlx.core.meter import largest
 from rlx.core.models import VALUE, resolve_dtype
-from rlx.core.text import safe_text
-from rlx.core.update import token_budget
+from rlx.core.overlap import chunk_size
+from rlx.core.recompute import can_recompute, recomputes
+from rlx.core.text import redact, safe_text
+from rlx.plugins.telling import tells
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from rlx.plugins.contract import Algorithm
 
 TRIED_ROWS = 2
+# Why activations are kept, where that is left to us.
+SPARED = "a step fits without; switched on if memory runs out with one row"
+INCAPABLE = "the model does not support it"
 
 
 def overview(config: RunConfig) -> list[str]:
@@ -39,6 +45,12 @@ def overview(config: RunConfig) -> list[str]:
     ]
     if settings.trust_remote_code:
         lines.append("trust_remote_code: Python code that comes with the model will run")
+    for component, _ in config.rewards:
+        if isinstance(url := component.options.get("url"), str):
+            lines.append(
+                f"reward {safe_text(component.name, 80)}: prompts, completions and columns go to "
+                f"{safe_text(redact(url), 200)}"
+            )
     values = config.to_mapping()
     for source in sorted({s for s in config.sources.values() if s.startswith(("algorithm ", "recipe "))}):
         named = [f"{name} {values[name]}" for name, s in config.sources.items() if s == source]
@@ -65,12 +77,14 @@ def geometry(algorithm: Algorithm, settings: Settings, order: Order) -> list[str
     ]
 
 
-def try_rewards(rewards: RewardRunner, prompts: Prompts) -> list[str]:
+def try_rewards(rewards: RewardRunner | None, prompts: Prompts) -> list[str]:
     """Call the rewards on two rows, with an empty completion and, where the rows have one, with the answer.
 
     Raises:
-        RewardError: what a reward returned cannot be used; better now than after the weights are loaded.
+        RewardError: what a reward returned cannot be used; better now than after a batch was sampled.
     """
+    if rewards is None:
+        return []
     rows = prompts.take(range(min(TRIED_ROWS, len(prompts))))
     tried: dict[str, dict[str, list[float]]] = {}
     untouched = copy.deepcopy(rewards.state_dict())
@@ -82,6 +96,22 @@ def try_rewards(rewards: RewardRunner, prompts: Prompts) -> list[str]:
             tried.setdefault(reward, {})[name] = values.tolist()
     rewards.load_state_dict(untouched)
     return [_tried(reward, scores) for reward, scores in tried.items()]
+
+
+def overlapped(rewards: RewardRunner, generator: Any, settings: Settings, completions: int) -> list[str]:
+    """Which rewards are asked while sampling goes on, where some can be.
+
+    Args:
+        rewards: of the run.
+        generator: its class, or itself.
+        settings: of the run.
+        completions: of a batch, on one process.
+    """
+    asked = rewards.independent if settings.overlap_rewards and tells(generator) else []
+    if not asked or chunk_size(asked, completions) >= completions:
+        return []
+    names = ", ".join(reward.name for reward in asked)
+    return [f"asked while completions are still sampled, {chunk_size(asked, completions)} at a time: {names}"]
 
 
 def _stand_ins(rows: Prompts) -> dict[str, list[str]]:
@@ -105,14 +135,52 @@ def _tried(reward: str, scores: Mapping[str, list[float]]) -> str:
     return line
 
 
+def sizes(policy: Policy, reference: Reference | None) -> dict[str, Any]:
+    """What is in memory beside the policy's own weights, as ``estimate`` takes it."""
+    return {
+        "reference": "none" if reference is None else reference.kind,
+        "reference_model": None if reference is None else reference.model,
+        "value": policy.value,
+        "trained": [p for name, p in policy.trainable().items() if not name.startswith(VALUE)],
+    }
+
+
+def checkpointing(
+    policy: Policy, reference: Reference | None, settings: Settings, accelerator: Accelerator
+) -> str:
+    """Switch gradient checkpointing on where that is left to us and a process needs it; what was chosen."""
+    on, asked = recomputes(*policy.trunks), settings.gradient_checkpointing
+    if on or asked != "auto":
+        return checkpointing_line(on, "as asked for" if asked is on else "as the model was given")
+    if not can_recompute(*policy.trunks):
+        return checkpointing_line(False, INCAPABLE)
+    why = too_large(policy.model, settings, **sizes(policy, reference), device=accelerator.device)
+    if not largest(accelerator, int(bool(why))):
+        return checkpointing_line(False, SPARED)
+    policy.with_gradient_checkpointing()
+    return checkpointing_line(True, why or "as another process needs it")
+
+
+def checkpointing_line(on: bool, why: str) -> str:
+    """Whether activations are recomputed, and who says so."""
+    return f"gradient checkpointing: {'on' if on else 'off'}, {why}"
+
+
+def budget(policy: Policy, reference: Reference | None, settings: Settings, accelerator: Accelerator) -> int:
+    """Tokens of a micro-batch that fit on every process."""
+    mine = token_budget(policy.model, settings, **sizes(policy, reference), device=accelerator.device)
+    return int(-largest(accelerator, -mine))
+
+
 def weights(
     policy: Policy,
     reference: Reference | None,
     algorithm: Algorithm,
     settings: Settings,
     accelerator: Accelerator,
+    tokens: int,
 ) -> list[str]:
-    """Parameters, devices and memory, once the weights are loaded."""
+    """Parameters, devices and memory, once the weights are loaded; tokens are those of a micro-batch."""
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     everything = sum(parameter.numel() for parameter in policy.model.parameters())
     dtype = str(next(policy.model.parameters()).dtype).removeprefix("torch.")
@@ -122,20 +190,20 @@ def weights(
         f"{halves:,} of the trained parameters are in half precision, where small updates round to nothing; "
         "float32 weights with mixed_precision: bf16 learn at any learning rate"
     )
+    kind = "none" if reference is None else reference.kind
+    moves = f", moved every {settings.ref_model_sync_steps} steps" if settings.sync_ref_model else ""
     return [
         *([lossy] if halves else []),
         f"{everything:,} parameters in {dtype} on {where}; {trained:,} trained, value function included",
-        f"reference: {'none' if reference is None else reference.kind}",
+        f"reference: {kind}{moves}",
         *estimate(
             policy.model,
             settings,
-            token_budget=token_budget(settings, accelerator.device),
+            token_budget=tokens,
             generation_rows=generation_rows(algorithm, settings),
-            reference="none" if reference is None else reference.kind,
-            reference_model=None if reference is None else reference.model,
-            value=policy.value,
-            trained=[p for name, p in policy.trainable().items() if not name.startswith(VALUE)],
+            **sizes(policy, reference),
         ).lines(),
+        micro_batch_line(tokens, settings),
     ]
 
 
@@ -153,15 +221,23 @@ def memory_before_loading(checked: Checked, model: Any) -> list[str]:
     kind = "none"
     if algorithm.needs & {"reference", "kl"}:
         kind = "model" if settings.reference_model else "adapter off" if settings.lora_r else "copy"
-    report = estimate(
-        model,
-        settings,
-        token_budget=token_budget(settings, device),
-        generation_rows=generation_rows(algorithm, settings),
-        reference=kind,
-        device=device,
-    )
-    return report.lines()
+    sizes: dict[str, Any] = {"reference": kind, "device": device}
+    on, why = settings.gradient_checkpointing is True, "as asked for"
+    if settings.gradient_checkpointing == "auto":
+        able = can_recompute(model)
+        found = too_large(model, settings, **sizes) if able else ""
+        on, why = bool(found), found or (SPARED if able else INCAPABLE)
+    sizes["checkpointing"] = on
+    tokens = token_budget(model, settings, **sizes)
+    rows = generation_rows(algorithm, settings)
+    report = estimate(model, settings, token_budget=tokens, generation_rows=rows, **sizes)
+    return [*report.lines(), micro_batch_line(tokens, settings), checkpointing_line(on, why)]
+
+
+def micro_batch_line(tokens: int, settings: Settings) -> str:
+    """How large a forward and backward is, and who says so."""
+    why = "chosen by free memory" if settings.max_tokens_per_micro_batch is None else "as asked for"
+    return f"a micro-batch: at most {tokens} tokens, {why}; halved if memory runs out"
 
 
 def generation_rows(algorithm: Algorithm, settings: Settings) -> int:

@@ -16,7 +16,9 @@ import torch
 
 from rlx.core.batch import flat_index
 from rlx.core.errors import ConfigError
+from rlx.core.meter import total
 from rlx.core.order import share
+from rlx.core.text import safe_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -101,17 +103,23 @@ def precompute(
 ) -> WithReference:
     """Reference log-probs of a data set, from the cache where it was seen before.
 
+    What is found counts only if every process finds it: machines may have caches of their own.
+
     Args:
         data: preference data; ``batch(rows)`` gives batches whose rows follow one another.
         measure: sequences → (S,) log-probs under the reference, without gradient.
-        fingerprint: of the reference's weights.
+        fingerprint: of the reference, its weights and how it computes with them.
         accelerator: the rows are shared out among its processes.
         say: gets a line that says what was done.
     """
-    key = hashlib.sha256(f"1 {fingerprint} {data.fingerprint}".encode()).hexdigest()
+    # Autocast and the kind of device decide how log-probs are rounded.
+    numerics = f"{accelerator.mixed_precision} {accelerator.device.type}"
+    key = hashlib.sha256(f"2 {fingerprint} {numerics} {data.fingerprint}".encode()).hexdigest()
     file = cache_folder() / f"{key}.safetensors"
     found = _read(file) if file.is_file() else None
-    if found is not None and len(found["counts"]) == len(data):
+    lacking = torch.tensor(float(found is None or len(found["counts"]) != len(data)))
+    lacking = total(accelerator, lacking.to(accelerator.device))
+    if found is not None and not lacking:
         say(f"reference log-probs of {len(data)} rows: from {file}")
         return WithReference(data, **found)
     parts, counts = [], []
@@ -122,10 +130,16 @@ def precompute(
         mine = torch.tensor(list(share(len(rows), accelerator.process_index, accelerator.num_processes)))
         own = measure(batch.take(mine).sequences).cpu() if len(mine) else torch.zeros(0)
         parts.append(_joined(own, counts[-1], mine, accelerator))
+    from safetensors import SafetensorError
+
     found = {"logps": torch.cat(parts), "counts": torch.cat(counts)}
-    if accelerator.is_main_process:
-        _write(file, found)
-    say(f"reference log-probs of {len(data)} rows: taken once, kept in {file}")
+    kept = f"kept in {file}"
+    if accelerator.is_local_main_process:
+        try:
+            _write(file, found)
+        except (OSError, SafetensorError) as error:  # they are only to save time; the second: a full disk
+            kept = f"not kept: {safe_text(error, 200)}"
+    say(f"reference log-probs of {len(data)} rows: taken once, {kept}")
     return WithReference(data, **found)
 
 
@@ -161,5 +175,8 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(f".{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-    os.replace(aside, file)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)

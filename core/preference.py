@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import distributed
 from torch.nn import functional as F
 
-from rlx.core.functional import segment_mean, spread
+from rlx.core.functional import gather_rows, segment_mean, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,27 +221,6 @@ def partners(values: Tensor, others: Tensor) -> Tensor:
     return others.sort().values[ranks]
 
 
-def gather_rows(values: Tensor, total: Total) -> tuple[Tensor, int]:
-    """The rows of all processes one after another, and where those of this process begin.
-
-    Args:
-        values: (K, …) of this process; K may differ between processes and be 0.
-        total: sum over all processes.
-
-    Returns:
-        (sum of K, …), the same on every process; int.
-    """
-    several = distributed.is_available() and distributed.is_initialized()
-    place, processes = (distributed.get_rank(), distributed.get_world_size()) if several else (0, 1)
-    sizes = torch.zeros(processes, dtype=torch.long, device=values.device)
-    sizes[place] = len(values)
-    counts = total(sizes).tolist()
-    first = sum(counts[:place])
-    rows = values.new_zeros(sum(counts), *values.shape[1:])
-    rows[first : first + len(values)] = values
-    return total(rows), first
-
-
 def sorted_anchors(policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor], total: Total) -> Tensor:
     """What ``sorted_loss`` needs to know of the pairs of all processes.
 
@@ -300,6 +278,96 @@ def sorted_loss(
     both = from_chosen + from_rejected
     # Every rank is seen from both of its ends: half of the value, but all of the gradient.
     return both - both.detach() / 2
+
+
+def contrastive_loss(
+    kind: str,
+    chosen: Tensor,
+    rejected: Tensor,
+    *,
+    beta: float,
+    smoothing: float = 0.0,
+    gamma: float = 0.5,
+    alpha: float = 0.0,
+) -> Tensor:
+    """The loss of each pair (R,) without a reference (CPO, SimPO, AlphaPO); or of log-ratios, with one.
+
+    Args:
+        kind: ``sigmoid`` −log σ(βΔ), ``hinge`` relu(1 − βΔ), ``ipo`` (Δ − 1/(2β))², ``simpo``
+            −log σ(βΔ − gamma).
+        chosen: (R,) log-probs of the chosen completions: means of their tokens for simpo and ipo, else sums.
+        rejected: (R,) those of the rejected ones.
+        beta: scale of the rewards.
+        smoothing: ε of ``sigmoid`` and ``simpo``.
+        gamma: margin of ``simpo``.
+        alpha: rewards are (1 − p^−alpha)/alpha in the place of log p; 0 for log p.
+
+    Source: arXiv:2401.08417; simpo arXiv:2405.14734, equation 6; ipo arXiv:2310.12036; alpha arXiv:2501.03884
+    """
+    delta = power(chosen, -alpha) - power(rejected, -alpha)
+    if kind == "hinge":
+        return F.relu(1 - beta * delta)
+    if kind == "ipo":
+        return (delta - 1 / (2 * beta)).square()
+    if kind not in ("sigmoid", "simpo"):
+        raise ValueError(f"a loss of pairs must be sigmoid, hinge, ipo or simpo, not {kind!r}")
+    return smoothed(beta * delta - (gamma if kind == "simpo" else 0.0), smoothing)
+
+
+def odds_ratio_loss(chosen: Tensor, rejected: Tensor, *, beta: float = 1.0) -> tuple[Tensor, Tensor]:
+    """−β log σ of the log odds ratio of each pair (R,), and that ratio (R,) (ORPO).
+
+    Args:
+        chosen: (R,) mean log-prob of a token of the chosen completions: log p in the odds p/(1 − p).
+        rejected: (R,) that of the rejected ones.
+        beta: weight, the paper's λ.
+
+    Source: arXiv:2403.07691, equations 4 and 7
+    """
+    odds = chosen - rejected - log1mexp(chosen) + log1mexp(rejected)
+    return -beta * F.logsigmoid(odds), odds
+
+
+def labelled_loss(
+    ratio: Tensor,
+    desirable: Tensor,
+    kl: Tensor | float = 0.0,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """weight·(1 − σ(β(r − kl))) of desirable completions, weight·(1 − σ(β(kl − r))) of the others (N,) (KTO).
+
+    Args:
+        ratio: (N,) r.
+        desirable: (N,) bool.
+        kl: () or (N,) the point of reference, not negative; 0 gives apo_zero_unpaired.
+        beta: strength of the pull to the reference.
+        desirable_weight: weight of the desirable ones.
+        undesirable_weight: weight of the others.
+
+    Source: arXiv:2402.01306; with kl 0 arXiv:2408.06266, equation 7
+    """
+    above = torch.where(desirable, ratio - kl, kl - ratio)
+    return torch.where(desirable, desirable_weight, undesirable_weight) * (-beta * above).sigmoid()
+
+
+def reward_loss(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, *, centering: float | None = None
+) -> Tensor:
+    """−log σ(chosen − rejected − margin) + centering·(chosen + rejected)² of each pair (R,) (Bradley–Terry).
+
+    Args:
+        chosen: (R,) scores of the chosen completions.
+        rejected: (R,) scores of the rejected ones.
+        margin: (R,) or a number: how much better the chosen one is to be.
+        centering: pull of the scores of a pair towards mean 0; None for none.
+
+    Source: arXiv:2203.02155, equation 1; margin arXiv:2307.09288, equation 2; centring arXiv:2312.09244
+    """
+    loss = -F.logsigmoid(chosen - rejected - margin)
+    return loss if centering is None else loss + centering * (chosen + rejected).square()
 
 
 def of_chosen(per_token: Tensor, counts: Tensor) -> Tensor:

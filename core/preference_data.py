@@ -110,16 +110,21 @@ class LabeledData:
         """
         places = places_of(rows, mine)
         picked = [rows[place] for place in places]
+        # Rows of one prompt make a group, in which it is computed once.
+        first: dict[tuple[int, ...], int] = {}
+        for place, row in enumerate(rows):
+            first.setdefault(tuple(self.prompts[row]), place)
+        groups = [first[tuple(self.prompts[row])] for row in picked]
         mismatched = None
         if len(rows) > 1:
             following = [rows[(place + 1) % len(rows)] for place in places]
             cut = [self._mismatched(row, other) for row, other in zip(picked, following, strict=True)]
-            mismatched = Sequences.from_lists([p for p, _ in cut], [c for _, c in cut], groups=places)
+            mismatched = Sequences.from_lists([p for p, _ in cut], [c for _, c in cut], groups=groups)
         return Labeled(
             Sequences.from_lists(
                 [self.prompts[row] for row in picked],
                 [self.completions[row] for row in picked],
-                groups=places,
+                groups=groups,
             ),
             desirable=torch.tensor([self.desirable[row] for row in picked], dtype=torch.bool),
             mismatched=mismatched,

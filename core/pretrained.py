@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlx.core.errors import ConfigError, DivergedError
+from rlx.core.hub import unreachable
 from rlx.core.settings import EMBEDDED
 from rlx.core.text import safe_text
 
@@ -63,10 +64,10 @@ class Source:
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
     def check_exists(self) -> None:
-        """A name that is no folder and cannot be a hub id is a missing folder; say so before asking the hub.
+        """Tell at once of a name that is no folder, and no hub id or out of reach.
 
         Raises:
-            ConfigError: if it is.
+            ConfigError: for such a name.
         """
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -84,6 +85,8 @@ class Source:
                 code="E-MODEL-MISSING",
                 expected="a local folder, a hub id (name or owner/name), or 'tiny'",
             )
+        if reason := unreachable(self.name, revision=self.revision):
+            raise _unreachable(self, reason)
 
 
 def load_config(source: Source) -> Any:
@@ -343,7 +346,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _unreachable(source: Source, error: Exception) -> ConfigError:
+def _unreachable(source: Source, error: Exception | str) -> ConfigError:
     from huggingface_hub import constants, is_offline_mode
 
     reason = "offline (HF_HUB_OFFLINE) and not cached" if is_offline_mode() else safe_text(error, 200)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class Plan:
         masked: padding must be told to the model; most causal models need not know.
         scale: factor between head and softmax.
         softcap: soft cap after it, or None.
+        trunk_ref: what gives hidden states; a plan does not keep a model alive. None unless ``direct``.
     """
 
     head: type
@@ -59,6 +60,12 @@ class Plan:
     masked: bool = False
     scale: float = 1.0
     softcap: float | None = None
+    trunk_ref: ref[nn.Module] | None = None
+
+    @property
+    def trunk(self) -> nn.Module | None:
+        """What gives hidden states, adapters included; None unless ``direct``."""
+        return None if self.trunk_ref is None else self.trunk_ref()
 
 
 _plans: WeakKeyDictionary[nn.Module, Plan] = WeakKeyDictionary()
@@ -139,9 +146,10 @@ def _probe(model: CausalLM, ids: Tensor) -> Plan:
 
     masks: list[dict[str, Tensor]] = [{}, {"attention_mask": mask}]
     if hidden is not None and transform is not None:
+        trunk = trunk_of(model)
         for extra in masks:
-            if imitated(trunk_of(model)(input_ids=padded, use_cache=False, **extra)[0], hidden):
-                return Plan(head, True, bool(extra), transform.scale, transform.softcap)
+            if imitated(trunk(input_ids=padded, use_cache=False, **extra)[0], hidden):
+                return Plan(head, True, bool(extra), transform.scale, transform.softcap, ref(trunk))
     want = model(input_ids=ids[None], use_cache=False).logits[0, -PROBE_TOKENS:]
     for extra in masks:
         got = model(input_ids=padded, use_cache=False, **extra).logits

@@ -80,10 +80,7 @@ def load_prompts(
     limit = _length_limit(settings, tokenizer, max_positions)
     needed = columns_needed or {}
     opened = open_rows(settings, tokenizer, transforms, eats="prompts", needed=needed, evaluation=evaluation)
-    ledger = opened.ledger
-    template = ChatTemplate(
-        ChatTemplate.Config(template=settings.chat_template, system_prompt=settings.system_prompt)
-    )
+    ledger, template = opened.ledger, opened.template
     rows = apply(template, opened.rows, tokenizer, ledger)
     texts = [row["_text"] for row in rows]
     ids = tokenised(tokenizer, texts, special=not template.templated(tokenizer))

@@ -12,6 +12,7 @@ import inspect
 import math
 import numbers
 import os
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,9 +25,14 @@ import torch
 from torch import Tensor
 
 from rlx.core.errors import PluginError
+from rlx.plugins.contract import Failed, Rewarded
 
 STANDARD = ("prompts", "prompt_texts", "completions", "completion_ids")
+RUN_STEP = "run_step"  # no list: given only to rewards that name it
 LARGEST = torch.finfo(torch.float32).max
+
+RESERVED = ("seconds", "errors")  # metrics of every reward
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 Value = float | list[float] | None
 
@@ -38,11 +44,12 @@ class Unusable(Exception):
         what: what the reward did, to follow its name: ``returned nan``.
         got: what came back; it may quote a completion, so it is not safe to print as it is.
         expected: what is accepted instead.
+        hint: what to do; empty for what is said of every unusable result.
     """
 
-    def __init__(self, what: str, got: str, expected: str = "") -> None:
+    def __init__(self, what: str, got: str, expected: str = "", hint: str = "") -> None:
         super().__init__(what)
-        self.what, self.got, self.expected = what, got, expected
+        self.what, self.got, self.expected, self.hint = what, got, expected, hint
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,14 @@ class Signature:
                 got=f"({', '.join(map(str, parameters))})",
                 expected=f"(completions, …): any of {', '.join(STANDARD)} and names of data-set columns",
             )
-        required = [p.name for p in by_name if p.default is p.empty and p.name not in STANDARD]
+        required = [p.name for p in by_name if p.default is p.empty and p.name not in (*STANDARD, RUN_STEP)]
         declared = getattr(fn, "columns", ())  # optional: plain functions have none
         declared = [declared] if isinstance(declared, str) else [*declared]
         return cls(names, everything, tuple(dict.fromkeys([*declared, *required])))
 
     def takes(self, name: str) -> bool:
         """Whether the reward is given the argument."""
-        return self.everything or name in self.names
+        return name in self.names or (self.everything and name != RUN_STEP)
 
 
 def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -125,11 +132,13 @@ class Outcome:
         result: what it returned, None after an error.
         error: what it raised.
         seconds: from the call to the end.
+        began: when it was called, ``time.perf_counter()``.
     """
 
     result: Any
     error: BaseException | None
     seconds: float
+    began: float
 
 
 def start(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Future[Outcome]:
@@ -143,21 +152,27 @@ def start(fn: Callable[..., Any], arguments: Mapping[str, Any]) -> Future[Outcom
     if inspect.isawaitable(result):
         return asyncio.run_coroutine_threadsafe(_finish(result, began), _event_loop())
     done: Future[Outcome] = Future()
-    done.set_result(Outcome(result, error, time.perf_counter() - began))
+    done.set_result(Outcome(result, error, time.perf_counter() - began, began))
     return done
 
 
 async def _finish(awaitable: Awaitable[Any], began: float) -> Outcome:
     try:
-        return Outcome(await awaitable, None, time.perf_counter() - began)
+        return Outcome(await awaitable, None, time.perf_counter() - began, began)
     except BaseException as raised:
         # A SystemExit that left this function would end the loop's thread; the caller would wait for ever.
-        return Outcome(None, raised, time.perf_counter() - began)
+        return Outcome(None, raised, time.perf_counter() - began, began)
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """The one loop, whichever thread asks first."""
+    with _STARTING[0]:
+        return _new_event_loop()
 
 
 @functools.cache
-def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop in a thread of its own.
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    """A loop in a thread of its own.
 
     It runs beside the caller's, so notebooks with a running loop work; and it stays, so that a client which
     an async reward keeps between calls does not find its loop closed.
@@ -167,7 +182,16 @@ def _event_loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-os.register_at_fork(after_in_child=_event_loop.cache_clear)  # threads do not survive a fork
+_STARTING = [threading.Lock()]
+
+
+def _after_fork() -> None:
+    """Threads do not survive a fork, and a lock may be held by one of them."""
+    _STARTING[0] = threading.Lock()
+    _new_event_loop.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def has_gradient(result: Any) -> bool:
@@ -210,10 +234,12 @@ def read_value(item: Any, length: int) -> Value:
         length: tokens of the completion.
 
     Raises:
-        Unusable: not a number, not finite in float32, or another number of items than tokens.
+        Unusable: ``Failed``, not a number, not finite in float32, or another number of items than tokens.
     """
     if item is None:
         return None
+    if isinstance(item, Failed):
+        raise Unusable("failed", item.reason, hint=item.hint)
     if isinstance(item, Tensor | np.ndarray) and item.ndim == 1:
         item = _plain(item)
     if not isinstance(item, list | tuple):
@@ -222,6 +248,76 @@ def read_value(item: Any, length: int) -> Value:
         expected = f"one number, or one for each of its {length} tokens"
         raise Unusable(f"returned a list of {len(item)} numbers", f"{len(item)} numbers", expected)
     return [_number(token) for token in item]
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a reward told beside its values, checked, under the names that it gave.
+
+    Attributes:
+        metrics: name → one number for the call, or N numbers or None.
+        columns: name → N values that JSON can hold.
+    """
+
+    metrics: dict[str, float | list[float | None]]
+    columns: dict[str, list[Any]]
+
+
+def unwrap(result: Any, count: int) -> tuple[Any, Extras]:
+    """What a reward returned, taken apart.
+
+    Args:
+        result: values alone, or ``Rewarded``.
+        count: how many completions the reward was given.
+
+    Raises:
+        Unusable: a metric or column that is not as ``Rewarded`` says.
+    """
+    if not isinstance(result, Rewarded):
+        return result, Extras({}, {})
+    for what, told in (("metrics", result.metrics), ("columns", result.columns)):
+        if not isinstance(told, Mapping):
+            raise Unusable(f"returned {kind(told)} as its {what}", repr(told), "a mapping from names")
+    metrics = {_name(name, "metric"): _metric(name, told, count) for name, told in result.metrics.items()}
+    columns = {_name(name, "column"): _column(name, told, count) for name, told in result.columns.items()}
+    return result.values, Extras(metrics, columns)
+
+
+def _name(name: Any, what: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or (what == "metric" and name in RESERVED):
+        expected = f"a word of letters, digits, _, - and .; as a metric not {' or '.join(RESERVED)}"
+        raise Unusable(f"returned a {what} under an unfit name", repr(name), expected)
+    return name
+
+
+def _metric(name: str, told: Any, count: int) -> float | list[float | None]:
+    """One metric: a number, or one a completion."""
+    several = isinstance(told, list | tuple) or (isinstance(told, Tensor | np.ndarray) and told.ndim == 1)
+    items = _items(f"metric {name!r}", told, count) if several else []
+    try:
+        return [None if item is None else _number(item) for item in items] if several else _number(told)
+    except Unusable as fault:
+        expected = f"a finite number, or {count} of them or None"
+        raise Unusable(f"{fault.what} in its metric {name!r}", fault.got, expected) from None
+
+
+def _column(name: str, told: Any, count: int) -> list[Any]:
+    """The values of one column."""
+    items = _items(f"column {name!r}", told, count)
+    for item in items:
+        whole = isinstance(item, str | bool | int | None)
+        if not whole and not (isinstance(item, float) and math.isfinite(item)):
+            expected = "texts, finite numbers, True, False or None"
+            raise Unusable(f"returned {kind(item)} in its column {name!r}", repr(item), expected)
+    return items
+
+
+def _items(what: str, told: Any, count: int) -> list[Any]:
+    items = _plain(told) if isinstance(told, Tensor | np.ndarray) else told
+    if not isinstance(items, list | tuple) or len(items) != count:
+        got = f"{len(items)} values" if isinstance(items, list | tuple) else kind(items)
+        raise Unusable(f"returned a {what} that is not one value a completion", got, f"{count} values")
+    return list(items)
 
 
 def kind(value: Any) -> str:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from rlx.core.batch import Labeled, Pairs, Rollouts, Scores, Sequences
+from rlx.core.clock import Clock
+from rlx.core.closing import close_all
 from rlx.core.errors import DivergedError, MemoryExhausted
+from rlx.core.kv_cache import rows_that_fit
 from rlx.core.logprobs import full_kl, score
+from rlx.core.memory import kept_budget
 from rlx.core.meter import total
+from rlx.core.overlap import Overlap, overlap, telling
 from rlx.core.precision import generation_precision
 from rlx.core.streams import stream_seed
-from rlx.core.update import token_budget
 from rlx.plugins.contract import Completions, Sampling
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlx.core.batch import Prompts
+    from rlx.core.judging import JudgeRunner
     from rlx.core.models import Policy
     from rlx.core.reference import Reference
     from rlx.core.scoring import RewardRunner
@@ -33,23 +36,6 @@ if TYPE_CHECKING:
 
 
 B = TypeVar("B", Pairs, Labeled)
-
-
-class Clock:
-    """Seconds spent in each phase since the last reading, under ``time/<phase>``."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        """Add the time that the block takes to ``time/<phase>``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            name = f"time/{phase}"
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 class Studio:
@@ -63,6 +49,8 @@ class Studio:
         settings: sampling and precision.
         accelerator: devices and processes.
         stop_token_ids: tokens that end a completion.
+        budget: tokens of a forward pass that measures log-probs or values.
+        judge: what compares the completions of a prompt, or None.
     """
 
     def __init__(
@@ -74,10 +62,13 @@ class Studio:
         settings: Settings,
         accelerator: Accelerator,
         stop_token_ids: tuple[int, ...],
+        budget: int,
+        judge: JudgeRunner | None = None,
     ) -> None:
         self.policy, self.reference, self.generator, self.rewards = policy, reference, generator, rewards
+        self.judge = judge
         self.settings, self.accelerator, self.clock = settings, accelerator, Clock()
-        self.budget = token_budget(settings, accelerator.device)  # halves when memory runs out
+        self.budget = budget  # halves when memory runs out
         self.sampling = Sampling(
             max_new_tokens=settings.max_completion_length,
             temperature=settings.temperature,
@@ -90,10 +81,19 @@ class Studio:
             batch_size=settings.generation_batch_size,
         )
 
-    def sample(self, prompts: Prompts, n: int, seeds: Sequence[int], *, greedy: bool = False) -> Completions:
+    def sample(
+        self,
+        prompts: Prompts,
+        n: int,
+        seeds: Sequence[int],
+        *,
+        greedy: bool = False,
+        early: Overlap | None = None,
+    ) -> Completions:
         """Draw n completions of each prompt, in the precision that ``generation_dtype`` asks for.
 
         Autocast is that of the update: else the log-probs of sampling would differ from it by rounding.
+        ``early`` is told which completions are complete.
         """
         with (
             self.clock.measure("generate"),
@@ -105,12 +105,21 @@ class Studio:
             while True:
                 try:
                     sampling = replace(self.sampling, greedy=greedy)
-                    return self.generator.generate(prompts.ids, n, sampling, seeds)
+                    return self.generator.generate(prompts.ids, n, sampling, seeds, **telling(early))
                 except torch.OutOfMemoryError as error:
-                    rows = self.sampling.batch_size or len(prompts) * n
+                    rows = min(self.sampling.batch_size or self._rows(prompts, n), len(prompts) * n)
                     if rows <= 1:
                         raise exhausted("sampling one completion") from error
-                    self.sampling = replace(self.sampling, batch_size=rows // 2)
+                # Here the error is gone, and with it what its frames held of the GPU's memory.
+                self.sampling = replace(self.sampling, batch_size=rows // 2)
+                free_cache()
+                if early is not None:
+                    early.restart()
+
+    def _rows(self, prompts: Prompts, n: int) -> int:
+        """Completions that are sampled at a time if nobody says how many: all, or as many as seem to fit."""
+        longest = max(map(len, prompts.ids)) + self.sampling.max_new_tokens
+        return min(len(prompts) * n, rows_that_fit(self.policy.base, longest, self.accelerator.device))
 
     def roll_out(
         self, prompts: Prompts, n: int, needs: frozenset[str], step: int, positions: Sequence[int]
@@ -131,17 +140,55 @@ class Studio:
             DivergedError: a log-prob is not finite.
         """
         seeds = [stream_seed(self.settings.seed, "generate", step, position) for position in positions]
-        completions = self.sample(prompts, n, seeds)
-        each = [i for i in range(len(prompts)) for _ in range(n)]
-        batch = self.reward(prompts.take(each), completions, [positions[i] for i in each])
+        number = step + 1  # as the log counts
+        completions, batch = self.sample_and_reward(prompts, n, seeds, positions, number)
+        if self.judge is not None:
+            with self.clock.measure("judge"):
+                batch = self.judge.rank(batch, completions.ids, step)
         with self.clock.measure("score"):
             return self.measure(batch, completions, needs)
 
-    def reward(self, prompts: Prompts, completions: Completions, groups: Sequence[int]) -> Rollouts:
-        """Rollouts with their scores, nothing else measured yet; prompts and completions are N each."""
-        # One by one: batch_decode makes one text of no completions at all.
-        decode = self.policy.tokenizer.decode
-        texts = [decode(ids, skip_special_tokens=True) for ids in completions.ids]
+    def sample_and_reward(
+        self, prompts: Prompts, n: int, seeds: Sequence[int], positions: Sequence[int], step: int
+    ) -> tuple[Completions, Rollouts]:
+        """Sample, and reward while that goes on what can be.
+
+        Args:
+            prompts: B.
+            n: completions a prompt.
+            seeds: B.
+            positions: B numbers that tell prompts apart.
+            step: what rewards are told.
+        """
+        each = [i for i in range(len(prompts)) for _ in range(n)]
+        rewards = self.rewards if self.settings.overlap_rewards else None
+        with overlap(rewards, self.generator, prompts, n, self.decode, step) as early:
+            completions = self.sample(prompts, n, seeds, early=early)
+            groups = [positions[i] for i in each]
+            return completions, self.reward(prompts.take(each), completions, groups, step, early)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of a completion. One by one: batch_decode makes one text of no completions at all."""
+        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def reward(
+        self,
+        prompts: Prompts,
+        completions: Completions,
+        groups: Sequence[int],
+        step: int | None = None,
+        early: Overlap | None = None,
+    ) -> Rollouts:
+        """Rollouts with their scores, nothing else measured yet.
+
+        Args:
+            prompts: N.
+            completions: N, one a prompt.
+            groups: N numbers, equal for completions of one prompt.
+            step: what rewards are told, the number of the log line; None outside a run.
+            early: what some rewards were asked while the completions were sampled.
+        """
+        texts = [self.decode(ids) for ids in completions.ids]
         device = self.accelerator.device
         rollouts = Rollouts(
             Sequences.from_lists(prompts.ids, completions.ids, groups).to(device),
@@ -152,23 +199,47 @@ class Studio:
         if self.rewards is None:
             return rollouts
         with self.clock.measure("reward"):
-            scored = self.rewards.score(prompts, texts, completions.ids)
+            scored = self.rewards.score(prompts, texts, completions.ids, step, early)
         found: dict[str, Any] = {
             "score": scored.score,
             "rewards": scored.rewards,
             "token_scores": scored.token_scores,
-            "metrics": {name: torch.tensor([value]) for name, value in scored.metrics.items()},
+            "metrics": {name: torch.tensor(values) for name, values in scored.metrics.items()},
+            "reward_columns": scored.columns,
         }
         return replace(rollouts, **found).to(device)
 
+    def close(self) -> None:
+        """Give back what the generator, the rewards and the judge hold."""
+        close_all(self.generator, self.rewards, self.judge)
+
     def reward_state(self) -> dict[str, Any]:
-        """A copy of what the rewards remember."""
-        return {} if self.rewards is None else copy.deepcopy(self.rewards.state_dict())
+        """A copy of what the rewards and the judge remember."""
+        return {who: copy.deepcopy(part.state_dict()) for who, part in self._remembering()}
 
     def load_reward_state(self, state: dict[str, Any]) -> None:
         """Take back what ``reward_state`` gave."""
-        if self.rewards is not None:
-            self.rewards.load_state_dict(state)
+        for who, part in self._remembering():
+            part.load_state_dict(state.get(who, {}))
+
+    def budget_state(self) -> dict[str, Any]:
+        """What a resumed run needs to sample and measure in the same pieces: others differ by rounding."""
+        return {
+            "budget": self.budget,
+            "asked": self.settings.max_tokens_per_micro_batch,
+            "rows": self.sampling.batch_size,
+            "rows_asked": self.settings.generation_batch_size,
+        }
+
+    def load_budget_state(self, state: Mapping[str, Any]) -> None:
+        """Take back what ``budget_state`` gave."""
+        self.budget = kept_budget(state, self.settings, self.budget)
+        if state["rows_asked"] == self.settings.generation_batch_size:
+            self.sampling = replace(self.sampling, batch_size=state["rows"])
+
+    def _remembering(self) -> list[tuple[str, Any]]:
+        parts = (("rewards", self.rewards), ("judge", self.judge))
+        return [(who, part) for who, part in parts if part is not None]
 
     def measure(self, batch: Rollouts, completions: Completions, needs: frozenset[str]) -> Rollouts:
         """Old log-probs, reference log-probs, values and exact KL, as far as they are needed."""
@@ -190,13 +261,21 @@ class Studio:
         return replace(batch, **found)
 
     def compare(self, batch: B, needs: frozenset[str]) -> B:
-        """A batch that was not sampled, on the device, with reference log-probs if they are needed."""
+        """A batch that was not sampled, on the device, with reference log-probs if they are needed.
+
+        Those of mismatched sequences are measured in the same pass: each prompt is computed once.
+        """
         batch = batch.to(self.accelerator.device)
         if "reference" not in needs or batch.reference is not None:
             return batch
+        more: Sequences | None = getattr(batch, "mismatched", None) if "mismatched" in needs else None
         with self.clock.measure("score"):
-            reference = self.score(batch.sequences, "reference").logps
-        return replace(batch, reference=reference)
+            if more is None:
+                return replace(batch, reference=self.score(batch.sequences, "reference").logps)
+            logps = self.score(batch.sequences.joined(more), "reference").logps
+        own = int(batch.sequences.scored.sum())
+        found: dict[str, Any] = {"reference": logps[:own], "mismatched_reference": logps[own:]}
+        return replace(batch, **found)
 
     def exact_kl(self, sequences: Sequences) -> Tensor:
         """(S,) KL(policy‖reference) over the whole vocabulary at each scored token."""
@@ -233,7 +312,8 @@ class Studio:
             except torch.OutOfMemoryError as error:
                 if self.budget <= int(sequences.lengths.max()):
                     raise exhausted("a forward of one sequence") from error
-                self.budget //= 2
+            self.budget //= 2
+            free_cache()  # not before the error is gone, whose frames hold memory
 
     def _score(self, sequences: Sequences, model: str, needs: Collection[str], logps: bool) -> Scores:
         options: dict[str, Any] = {
@@ -282,10 +362,15 @@ class RunScorer:
         return total(self.studio.accelerator, values)
 
 
-def exhausted(what: str) -> MemoryExhausted:
-    """Memory ran out at the smallest piece of work there is."""
+def free_cache() -> None:
+    """Give back what torch keeps of the GPU's memory in pieces that may be too small for the next try."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def exhausted(what: str) -> MemoryExhausted:
+    """Memory ran out at the smallest piece of work there is."""
+    free_cache()
     return MemoryExhausted(
         f"out of memory in {what}",
         hint="lower max_completion_length or max_prompt_length, or set lora_r or dtype: bfloat16",

@@ -155,7 +155,7 @@ def _without_failing(
         together = f"all {len(rows)} rows together, none of them alone"
         place = ledger.table.place(faults[0][0][ROW]) if faults else together
         raise PluginError(
-            f"transform {name_of(transform)} failed{references.origin(transform)}",
+            f"transform {name_of(transform)} failed ({references.origin(transform)})",
             code="E-PLUGIN-TRANSFORM",
             where=place,
             got=f"{type(cause).__name__}: {safe_text(cause, 200)}",
@@ -176,7 +176,7 @@ def _numbered(transform: Any, rows: list[Row], out: Any) -> list[Row]:
     name = name_of(transform)
     if not isinstance(out, list):
         raise PluginError(
-            f"transform {name} gave no list of rows{references.origin(transform)}",
+            f"transform {name} gave no list of rows ({references.origin(transform)})",
             code="E-PLUGIN-TRANSFORM",
             got=type(out).__name__,
             expected="a list of dicts",
@@ -187,7 +187,7 @@ def _numbered(transform: Any, rows: list[Row], out: Any) -> list[Row]:
     for index, row in enumerate(out):
         if not isinstance(row, dict) or not gives <= row.keys():
             raise PluginError(
-                f"transform {name} gave a row of the wrong shape{references.origin(transform)}",
+                f"transform {name} gave a row of the wrong shape ({references.origin(transform)})",
                 code="E-PLUGIN-TRANSFORM",
                 where=f"row {index} of what it gave",
                 got=f"a dict of {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__,

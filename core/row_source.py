@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from rlx.core.errors import DataError, ErrorGroup, RlxError
+from rlx.core.errors import ConfigError, DataError, ErrorGroup, RlxError
 from rlx.core.row_chain import Ledger, apply, name_of
 from rlx.core.rows import Table, is_registered, read_rows
 from rlx.core.settings import Settings
 from rlx.core.text import safe_text
 from rlx.plugins.transforms import ROW
+from rlx.plugins.transforms.chat import ChatTemplate
 from rlx.plugins.transforms.columns import ColumnMap
 from rlx.plugins.transforms.formats import REQUIRED, find_way
+from rlx.plugins.transforms.packing import Packing
 
 Row = dict[str, Any]
 
@@ -45,12 +47,16 @@ class Opened:
         ledger: the account of its rows.
         rows: what came out of the transforms.
         answers: the columns that hold what is learned from; empty for prompts, dialogues and texts.
+        template: renders the rows.
+        packing: puts demonstrations together, or None.
     """
 
     table: Table
     ledger: Ledger
     rows: list[Row]
     answers: tuple[str, ...]
+    template: ChatTemplate
+    packing: Packing | None
 
     def fingerprint(self, ids: object) -> str:
         """SHA-256 of the rows as they were read and of the token ids made of them."""
@@ -78,8 +84,11 @@ def open_rows(
 
     Raises:
         DataError: missing or unfit data, as far as possible all problems of one kind together.
+        ConfigError: a stage that is given twice, or has nothing to do.
         PluginError: a transform that fails or breaks its contract.
     """
+    template, packing = _staged(settings, transforms, eats)
+    transforms = [transform for transform in transforms if stage_of(transform) == "rows"]
     source, split = source_of(settings, evaluation)
     if source is None:
         raise DataError("there is no evaluation data", code="E-DATA-MISSING", hint="--eval-dataset PATH")
@@ -107,7 +116,49 @@ def open_rows(
         ledger.note(line)
     for transform in way.transforms:
         rows = apply(transform, rows, tokenizer, ledger)
-    return Opened(table, ledger, rows, way.answers)
+    return Opened(table, ledger, rows, way.answers, template, packing)
+
+
+def stage_of(transform: Any) -> str:
+    """When a transform acts: ``rows``, ``template`` or ``packing``; one that does not say acts on rows."""
+    return str(getattr(transform, "stage", "rows"))
+
+
+def _staged(settings: Settings, transforms: Sequence[Any], eats: str) -> tuple[ChatTemplate, Packing | None]:
+    """What renders rows and what packs them: of the transforms, or else by the options."""
+    options = {
+        "template": ("chat_template or system_prompt", (settings.chat_template, settings.system_prompt)),
+        "packing": ("packing", (settings.packing,)),
+    }
+    unset = {"template": ("auto", None), "packing": (False,)}
+    found: dict[str, Any] = {}
+    for transform in transforms:
+        stage, name = stage_of(transform), name_of(transform)
+        if stage == "rows":
+            continue
+        if stage == "packing" and eats != "demonstrations":
+            raise ConfigError(
+                f"transform {name} packs demonstrations, and there are none",
+                code="E-CONFIG-CONFLICT",
+                got=f"an algorithm that eats {eats}",
+                hint="leave it out",
+            )
+        rival = found[stage] if stage in found else None
+        if rival is not None or options[stage][1] != unset[stage]:
+            other = f"the option {options[stage][0]}" if rival is None else f"transform {name_of(rival)}"
+            raise ConfigError(
+                f"transform {name} and {other} are both there for the same stage",
+                code="E-CONFIG-CONFLICT",
+                got=stage,
+                hint="keep one of the two",
+            )
+        found[stage] = transform
+    if "template" not in found:
+        how = ChatTemplate.Config(template=settings.chat_template, system_prompt=settings.system_prompt)
+        found["template"] = ChatTemplate(how)
+    if settings.packing:
+        found["packing"] = Packing(Packing.Config(strategy=settings.packing_strategy))
+    return found["template"], found.get("packing")
 
 
 def source_of(settings: Settings, evaluation: bool) -> tuple[Any, str]:

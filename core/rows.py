@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlx.core.errors import DataError
+from rlx.core.hub import unreachable
 from rlx.core.options import close
 from rlx.core.row_files import SUFFIXES, Row, kind_of, read_file
 from rlx.core.text import safe_text
@@ -41,12 +42,15 @@ class Table:
     name: str
     places: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", safe_text(self.name))  # a file may be called anything
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def place(self, index: int) -> str:
         """Where row ``index`` (counted from 0) came from: ``data.jsonl:17``, or ``row 16``."""
-        return self.places[index] if self.places else f"row {index}"
+        return safe_text(self.places[index]) if self.places else f"row {index}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,16 +111,27 @@ def read_rows(
 
 def _is_mixture(source: Any) -> bool:
     """Whether this is a list of data sets, not of rows: each names one, and how much of it is used."""
-    return (
-        isinstance(source, list)
-        and bool(source)
-        and all(isinstance(one, Mapping) and {"name", "fraction"} <= one.keys() for one in source)
-    )
+    if not isinstance(source, list):
+        return False
+    shares = [isinstance(one, Mapping) and {"name", "fraction"} <= one.keys() for one in source]
+    place = shares.index(False) if any(shares) and not all(shares) else None
+    if place is not None and (isinstance(source[place], str) or "name" in source[place]):
+        raise DataError(
+            "some data sets of a mixture have a name and a fraction, others do not",
+            code="E-DATA-OPTIONS",
+            where=f"the one at place {place}",
+            got=safe_text(source[place], 80),
+            hint="fraction: 1 uses all rows",
+        )
+    return bool(shares) and all(shares)
 
 
 def _mixed(parts: list[Mapping[str, Any]], split: str, limit: int | None, eats: str) -> Table:
-    """The rows of several data sets, of each the share that is asked for, evenly spaced."""
-    rows, places = [], []
+    """The rows of several data sets, of each the share that is asked for, evenly spaced.
+
+    They lie evenly among each other, so that the first rows are a mixture too, of the same shares.
+    """
+    found: list[tuple[float, Row, str]] = []  # how far into its own data set, row, place
     for part in parts:
         share = part["fraction"]
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
@@ -128,11 +143,14 @@ def _mixed(parts: list[Mapping[str, Any]], split: str, limit: int | None, eats: 
             )
         rest = {key: value for key, value in part.items() if key != "fraction"}
         table = read_rows(rest, split=split, eats=eats)
-        for number in range(max(1, round(len(table) * share))):
+        count = max(1, round(len(table) * share))
+        for number in range(count):
             taken = int(number / share)
-            rows.append(table.rows[taken])
-            places.append(f"{table.name}, {table.place(taken)}")
-    return Table(rows[:limit], " + ".join(safe_text(part["name"], 60) for part in parts), places[:limit])
+            place = f"{table.name}, {table.place(taken)}"
+            found.append(((number + 0.5) / count, table.rows[taken], place))
+    found = sorted(found, key=lambda one: one[0])[:limit]
+    name = " + ".join(safe_text(part["name"], 60) for part in parts)
+    return Table([row for _, row, _ in found], name, [place for *_, place in found])
 
 
 def _named(
@@ -271,9 +289,19 @@ def _from_hub(name: str, split: str, config: str | None, limit: int | None) -> T
     import datasets
 
     def load() -> Any:
+        if not _was_loaded(name) and (reason := unreachable(name, repo_type="dataset")):
+            raise OSError(reason)
         return datasets.load_dataset(name, config, split=split)
 
     return _table(_quietly(load, name), f"{name}/{split}", limit)
+
+
+def _was_loaded(name: str) -> bool:
+    """Whether the library keeps a data set of this name, with other separators in it there."""
+    from datasets import config
+
+    kept, plain = Path(config.HF_DATASETS_CACHE), name.replace("/", "").replace("_", "").lower()
+    return kept.is_dir() and any(path.name.replace("_", "").lower() == plain for path in kept.iterdir())
 
 
 def _quietly(load: Any, name: str) -> Any:

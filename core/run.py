@@ -11,11 +11,13 @@ from rlx.core import checkpoint, snapshot
 from rlx.core.assemble import assemble, begin, build_accelerator
 from rlx.core.assemble import dry_run as check_only
 from rlx.core.config import RunConfig, from_mapping
-from rlx.core.errors import CheckpointError, ConfigError, Interrupted, SaveError
+from rlx.core.errors import CheckpointError, ConfigError, Interrupted, RlxError
 from rlx.core.evaluate import evaluate
 from rlx.core.files import JsonLines
 from rlx.core.fingerprints import ACCEPTED
 from rlx.core.folder import COMPLETIONS, METRICS, RunFolder, read_manifest
+from rlx.core.manifest import changed_plugins
+from rlx.core.recompute import recomputes
 from rlx.core.session import session
 from rlx.core.signals import Signals
 
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from rlx.core.loop import Run
     from rlx.core.models import Policy
 
-FAILED_SAVES = 3
 OBJECTS = ("model", "tokenizer", "reference_model", "value_model")
 
 
@@ -118,6 +119,7 @@ def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None, **obj
     config = stored_config(folder, overrides, objects)
     # One process owns the folder; the others only read its checkpoints.
     owned = RunFolder.open(folder) if build_accelerator(config).is_main_process else None
+    run: Run | None = None
     try:
         newest, broken = checkpoint.latest(folder)
         run = assemble(config, objects, folder=owned, reopened=True)
@@ -125,9 +127,18 @@ def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None, **obj
             f"{path.name} is not usable, an earlier one is taken: {reason}" for path, reason in broken
         ]
         warnings += snapshot.check_identity(run, newest, overrides)
+        planned, recomputed = run.updater.budget, recomputes(*run.policy.trunks)
         snapshot.restore(run, newest)
+        if run.updater.budget != planned:
+            warnings.append(f"micro-batches are of at most {run.updater.budget} tokens, as they were")
+        if recomputes(*run.policy.trunks) != recomputed:
+            warnings.append(f"gradient checkpointing is {'off' if recomputed else 'on'}, as it was")
+        if overrides:  # a run that a callback had stopped is asked for more
+            run.stopping, run.stop_reason = False, ""
         begin(run)
     except BaseException:
+        if run is not None:
+            run.studio.close()
         if owned is not None:
             owned.close()
         raise
@@ -163,7 +174,12 @@ def stored_config(folder: Path, overrides: Mapping[str, Any], given: Collection[
             where=str(folder),
             hint="give them again: rlx.resume(folder, {'reward': my_function}, model=model, tokenizer=…)",
         )
-    return from_mapping({**values, "output_dir": str(folder)}, where)
+    try:
+        return from_mapping({**values, "output_dir": str(folder)}, where)
+    except RlxError as error:
+        for line in changed_plugins(read_manifest(folder).get("plugins", [])):
+            error.add_note(line)
+        raise
 
 
 def resolve(config: RunConfig | None, options: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
@@ -205,19 +221,12 @@ def train(run: Run) -> Result:
 
 
 def _walk(run: Run, signals: Signals) -> None:
-    every, failures = run.settings.save_steps, 0
+    every = run.settings.save_steps
     for _ in run:
         stopped, asked = signals.agreed(run.accelerator)
         last = run.stopping or run.global_step == run.total_steps
         if stopped or asked or (every and (last or run.global_step % every == 0)):
-            try:
-                snapshot.save(run)
-                failures = 0
-            except SaveError as error:
-                failures += 1
-                if stopped or failures >= FAILED_SAVES:
-                    raise
-                run.say(f"checkpoint not saved, training goes on ({failures} of {FAILED_SAVES}): {error}")
+            snapshot.attempt(run, must=bool(stopped))
         if stopped:
             raise Interrupted(
                 f"signal {stopped} after step {run.global_step} of {run.total_steps}; everything is saved",

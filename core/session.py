@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlx.core import checkpoint, manifest, snapshot
 from rlx.core.errors import Interrupted, RlxError, SaveError
+from rlx.core.peers import agreed
 from rlx.core.text import safe_text
 
 if TYPE_CHECKING:
@@ -50,19 +51,23 @@ def session(run: Run, signals: Signals | None = None) -> Iterator[Run]:
         raise error from None
     else:
         run.events.emit("on_run_end", run=run)
+        if run.stop_reason:
+            run.say(f"stopped after step {run.global_step} of {run.total_steps}: {run.stop_reason}")
     finally:
         close(run, status, code)
 
 
 def close(run: Run, status: str, exit_code: int) -> None:
-    """Give back the folder and what the generator holds; the manifest says how the run ended."""
+    """Give back the folder and what the studio holds; the manifest says how the run ended."""
     try:
-        run.studio.generator.close()
+        run.studio.close()
     finally:
         if run.folder is not None:
             seconds = time.perf_counter() - run.journal.began
             try:
-                manifest.finish(run.folder, status, seconds=seconds, exit_code=exit_code)
+                manifest.finish(
+                    run.folder, status, seconds=seconds, exit_code=exit_code, stopped=run.stop_reason
+                )
             finally:
                 run.folder.close()
 
@@ -80,11 +85,19 @@ def _at_once(run: Run, signals: Signals | None) -> Interrupted:
 
 
 def _keep(run: Run) -> None:
-    """Write the final policy to the root of the run folder."""
+    """Write the final policy, as it is or as a checkpoint has it, to the root of the run folder."""
+    chosen = run.final_checkpoint
+    if chosen is not None and chosen.name != f"checkpoint-{run.global_step}":
+        reason = checkpoint.verify(chosen)
+        if reason is None:
+            run.policy.load_trainable(chosen)
+        else:
+            run.say(f"{chosen} cannot be used, the policy is that of the last step: {reason}")
+            run.final_checkpoint = None
     snapshot.together(run, lambda folder: folder.publish(run.policy.save_pretrained))
-    if run.folder is not None:
-        run.events.emit("on_save", run=run, path=run.path)
-    run.accelerator.wait_for_everyone()
+    with agreed(run, "a callback, after the policy was saved"):
+        if run.folder is not None:
+            run.events.emit("on_save", run=run, path=run.path)
 
 
 def _tell(run: Run, error: BaseException, event: str, /, **given: Any) -> None:
@@ -98,11 +111,8 @@ def _tell(run: Run, error: BaseException, event: str, /, **given: Any) -> None:
 def _rescue(run: Run, error: BaseException) -> None:
     """After a failure between two steps, or before the first optimizer step of one, nothing need be lost."""
     done = run.global_step > 0 and not (run.path / f"checkpoint-{run.global_step}").exists()
-    if (
-        isinstance(error, Interrupted | SaveError)
-        or not (run.boundary and done)
-        or run.accelerator.num_processes > 1
-    ):
+    alone = run.accelerator.num_processes > 1 and not run.together  # the others may be anywhere
+    if isinstance(error, Interrupted | SaveError) or alone or not (run.boundary and done):
         return
     try:
         path = snapshot.save(run)

@@ -7,7 +7,7 @@ Config.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rlx.core.errors import ConfigError
 from rlx.core.options import opt
@@ -39,7 +39,9 @@ class Settings:
         "ppo", "algorithm: a registered name, module:Attribute or ./file.py:Attribute", panel="Components"
     )
     reward: list[Any] = opt(
-        [], "reward, may be repeated: a name, module:Attribute, ./file.py:Attribute", panel="Components"
+        [],
+        "reward, may be repeated: a name, module:Attribute, ./file.py:Attribute, URL of a server",
+        panel="Components",
     )
     reward_weight: list[float] = opt(
         [], "weight of each reward, in the same order (default 1 each)", panel="Components"
@@ -52,6 +54,16 @@ class Settings:
     )
     reward_error_value: float = opt(
         0.0, "the score of an unusable reward with reward_on_error: value", panel="Components"
+    )
+    overlap_rewards: bool = opt(
+        True,
+        "ask rewards that look at one completion alone while the others are still sampled",
+        panel="Components",
+    )
+    judge: Any = opt(
+        None,
+        "what compares completions, in the place of rewards, for algorithms that can",
+        panel="Components",
     )
     transform: list[Any] = opt(
         [], "data transform, may be repeated; none given: chosen by the columns", panel="Components"
@@ -85,14 +97,30 @@ class Settings:
     reference_adapter: str | None = opt(
         None, "folder of a LoRA adapter of the policy's base that is the reference", panel="Model"
     )
+    sync_ref_model: bool = opt(
+        False, "move the reference after the policy as it learns", source="arXiv:2404.09656", panel="Model"
+    )
+    ref_model_mixup_alpha: float = opt(
+        0.6,
+        "sync_ref_model: reference ← alpha · policy + (1 − alpha) · reference; 1 copies the policy",
+        gt=0,
+        le=1,
+        source="arXiv:2404.09656, equations 2 and 3",
+        panel="Model",
+    )
+    ref_model_sync_steps: int = opt(
+        512, "sync_ref_model: steps between two such moves", gt=0, source="arXiv:2404.09656", panel="Model"
+    )
     value_model: str | None = opt(
         None, "separate value model: a folder or hub id (default: a head on the policy)", panel="Model"
     )
     value_learning_rate: float | None = opt(
         None, "learning rate of the value head or model (default: learning_rate)", gt=0, panel="Model"
     )
-    gradient_checkpointing: bool = opt(
-        False, "recompute activations in the backward pass: less memory, slower", panel="Model"
+    gradient_checkpointing: Literal["auto", True, False] = opt(
+        "auto",
+        "recompute activations in the backward pass: less memory, slower; auto where no step fits without",
+        panel="Model",
     )
     upcast_norms: bool = opt(False, "keep normalisation layers in float32", panel="Model")
     generation_dtype: str = opt(
@@ -214,9 +242,14 @@ class Settings:
     )
     max_tokens_per_micro_batch: int | None = opt(
         None,
-        "tokens of one forward and backward (default: 4096 on CPU, 16384 on GPU)",
+        "tokens of one forward and backward (default: as memory allows, up to 2048 on CPU, 65536 on GPU)",
         gt=0,
         unit="tokens",
+        panel="Training",
+    )
+    share_prefix: bool = opt(
+        True,
+        "compute a prompt that several sequences share once, and without padding, where the model can",
         panel="Training",
     )
     max_steps: int | None = opt(
@@ -274,6 +307,9 @@ class Settings:
     report_to: list[str] = opt(
         [], "trackers, through accelerate (tensorboard, wandb, trackio, …)", commas=True, panel="Run"
     )
+    track_completions: bool = opt(
+        False, "send the samples of log_completions to the trackers too, prompts and all", panel="Run"
+    )
     plots: bool = opt(True, "write PNG plots into the run folder", panel="Run")
     progress: str = opt(
         "auto", "live panel or plain lines", choices=("auto", "rich", "plain", "none"), panel="Run"
@@ -293,11 +329,37 @@ class Settings:
                 code="E-CONFIG-CONFLICT",
                 hint="keep one of the two",
             )
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError(
+                "precompute_ref_log_probs is for a reference that stays, and sync_ref_model moves it",
+                code="E-CONFIG-CONFLICT",
+                hint="leave out one of the two",
+            )
+        if self.sync_ref_model and self.reference_model and (self.lora_r or self.adapter):
+            raise ConfigError(
+                "sync_ref_model cannot mix an adapter into a reference_model, which has none",
+                code="E-CONFIG-CONFLICT",
+                got=f"reference_model: {self.reference_model}, and a policy that is an adapter",
+                hint="leave reference_model out (the reference is then a copy of the adapter), or lora_r: 0",
+            )
         if self.adapter and self.lora_r:
             raise ConfigError(
                 "adapter and lora_r are both set: train the given adapter on, or start a new one",
                 code="E-CONFIG-CONFLICT",
                 hint="keep one of the two",
+            )
+        if self.track_completions and not self.report_to:
+            raise ConfigError(
+                "track_completions is set, and report_to names no tracker",
+                code="E-CONFIG-CONFLICT",
+                hint="--report-to wandb, or leave track_completions out",
+            )
+        if self.packing_strategy != "bfd" and not self.packing:
+            raise ConfigError(
+                "packing_strategy is set, and packing is off",
+                code="E-CONFIG-CONFLICT",
+                got=f"packing_strategy: {self.packing_strategy}",
+                hint="--packing true, or with transform packing its own option strategy",
             )
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError(

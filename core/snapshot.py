@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from rlx.core import checkpoint
-from rlx.core.errors import CheckpointError
+from rlx.core.errors import CheckpointError, SaveError
+from rlx.core.manifest import changed_plugins, plugins
 from rlx.core.meter import Meter
+from rlx.core.peers import agreed
+from rlx.plugins.events import has_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -21,12 +24,13 @@ if TYPE_CHECKING:
     from rlx.core.loop import Run
 
 T = TypeVar("T")
+FAILED_SAVES = 3  # so many in a row end the run
 
 # Options that change what is written or shown, never what is computed.
 COSMETIC = frozenset({
     "output_dir", "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "save_total_limit",
-    "log_completions", "report_to", "plots", "progress", "reward_on_error", "callback", "max_eval_rows",
-    "eval_dataset", "no_plugin", "strict_plugins",
+    "log_completions", "report_to", "track_completions", "plots", "progress", "reward_on_error", "callback",
+    "max_eval_rows", "eval_dataset", "no_plugin", "strict_plugins",
 })  # fmt: skip
 
 
@@ -55,12 +59,37 @@ def save(run: Run) -> Path | None:
             lambda folder: _fill(run, folder, ranks),
             identity=identity(run),
             keep=run.settings.save_total_limit,
+            protected=run.protected,
         ),
     )
-    if path is not None:
-        run.events.emit("on_save", run=run, path=path)
-    run.accelerator.wait_for_everyone()
+    run.saved, run.saving, run.failed_saves = run.global_step, False, 0
+    with agreed(run, "a callback, after the checkpoint was saved"):
+        if path is not None:
+            run.events.emit("on_save", run=run, path=path)
     return path
+
+
+def attempt(run: Run, *, must: bool = False) -> None:
+    """Write a checkpoint unless this step has one; a few in a row may fail without ending the run.
+
+    Args:
+        run: between two steps.
+        must: a failure ends the run.
+
+    Raises:
+        SaveError: it could not be written, and must is set or it is one failure too many.
+    """
+    run.saving = False
+    if run.saved == run.global_step:
+        return
+    try:
+        save(run)
+    except SaveError as error:
+        run.failed_saves += 1
+        if must or run.failed_saves >= FAILED_SAVES:
+            raise
+        failed = f"{run.failed_saves} of {FAILED_SAVES}"
+        run.say(f"checkpoint not saved, training goes on ({failed}): {error}")
 
 
 def together(run: Run, write: Callable[[RunFolder], T]) -> T | None:
@@ -109,9 +138,11 @@ def restore(run: Run, folder: Path) -> None:
     run.global_step, run.reported = state["step"], state["reported"]
     run.journal.tokens = state["tokens"]
     run.journal.restart()
+    run.saved, run.stopping, run.stop_reason = state["step"], state["stopping"], state["stop_reason"]
+    run.callback_states = dict(state["callbacks"])
     for name, callback in _stateful(run).items():
-        if name in state["callbacks"]:
-            callback.load_state_dict(state["callbacks"][name])
+        if name in run.callback_states:
+            callback.load_state_dict(run.callback_states.pop(name))
     if run.folder is not None:
         run.folder.truncate_to(state["offsets"])
         run.metrics_history[:] = run.folder.read_metrics()
@@ -126,6 +157,7 @@ def identity(run: Run) -> dict[str, Any]:
         "device": run.accelerator.device.type,
         "torch": torch.__version__,
         "files": run.fingerprints,
+        "plugins": plugins(),
         "config": semantic(run.config),
         "config_sha256": hashlib.sha256(json.dumps(semantic(run.config)).encode()).hexdigest(),
     }
@@ -178,7 +210,9 @@ def check_identity(run: Run, folder: Path, overrides: Collection[str]) -> list[s
             hint="restore them, or name what may change: rlx resume DIR --override NAME=VALUE; "
             "for changed files or rows the name alone",
         )
-    return [f"{name}: its files changed since the checkpoint" for name in changed] + [
+    told = [f"{name}: its files changed since the checkpoint" for name in changed]
+    told += [f"since the checkpoint, {line}" for line in changed_plugins(old.get("plugins", []))]
+    return told + [
         f"not bit-identical to an uninterrupted run: {name} {old[name]} → {new[name]}"
         for name in ("torch", "device", "threads", "world_size")
         if old[name] != new[name]
@@ -191,6 +225,8 @@ def _fill(run: Run, folder: Path, ranks: list[dict[str, Any]]) -> None:
         "step": run.global_step,
         "reported": run.reported,
         "tokens": run.journal.tokens,
+        "stopping": run.stopping,
+        "stop_reason": run.stop_reason,
         "updater": run.updater.state_dict(),
         "algorithm": run.algorithm.state_dict(),
         "reference": {} if run.studio.reference is None else run.studio.reference.state_dict(),
@@ -208,6 +244,7 @@ def _of_this_process(run: Run) -> dict[str, Any]:
         "meter": run.journal.meter.state_dict(),
         "clock": dict(run.studio.clock.seconds),
         "rewards": run.studio.reward_state(),
+        "measuring": run.studio.budget_state(),
     }
 
 
@@ -215,12 +252,9 @@ def _back_to_this_process(run: Run, state: Mapping[str, Any]) -> None:
     run.journal.meter = Meter.of(state["meter"])
     run.studio.clock.seconds.update(state["clock"])
     run.studio.load_reward_state(state["rewards"])
+    run.studio.load_budget_state(state["measuring"])
 
 
 def _stateful(run: Run) -> dict[str, Any]:
-    """Callbacks that have state, by class and place; a duck-typed callback need not have any."""
-    return {
-        f"{type(callback).__qualname__}-{number}": callback
-        for number, callback in enumerate(run.events.callbacks)
-        if hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
-    }
+    """Name → callback, for those that have state."""
+    return {name: callback for name, callback in run.callbacks.items() if has_state(callback)}

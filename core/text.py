@@ -7,6 +7,7 @@ screen, reorder a line or forge a log entry; ``safe_text`` shows such characters
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -27,9 +28,10 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _NO_SECRET = re.compile(r"^(pad|eos|bos|unk|mask|sep|cls|stop|image|end|start)[_-]token$", re.IGNORECASE)
-_URL_USERINFO = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)[^/?#\s]*@")
+# Names are bounded: searched in a line of a million letters, [\w-]* would take a minute.
+_URL_USERINFO = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,40}://)[^/?#\s]*@")
 _PAIR = re.compile(
-    r"([\w-]*(?:secret|passw|passphrase|authorization|credential|key|token)[\w-]*)"
+    r"([\w-]{0,40}(?:secret|passw|passphrase|authorization|credential|key|token)[\w-]{0,40})"
     r"""(['"]?\s*[=:]\s*['"]?)((?:(?:bearer|basic)\s+)?[^\s'",;&}]+)""",
     re.IGNORECASE,
 )
@@ -80,6 +82,22 @@ def _escape(char: str) -> str:
     if char in named:
         return named[char]
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def safe_json(value: Any, indent: int | None = None) -> str:
+    """JSON that a terminal can show, letters of all scripts as they are; reading it gives the value back.
+
+    Args:
+        value: what JSON can hold, NaN and infinity left out; a lone surrogate is kept.
+        indent: spaces of a level; None for one line, which stays one for every reader of lines.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    if text.isprintable() and _INVISIBLE.isdisjoint(text):
+        return text
+    shown = (char if char == "\n" else _shown(char, False) for char in text)
+    return "".join(
+        char if len(char) == 1 else json.dumps(raw)[1:-1] for char, raw in zip(shown, text, strict=True)
+    )
 
 
 def is_secret(key: str) -> bool:

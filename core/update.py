@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlx.core.batch import Batch, Scores
-from rlx.core.classify import classify
+from rlx.core.batch import Batch, Loss, Rollouts, Scores
+from rlx.core.classify import classify, parts_of
 from rlx.core.errors import DivergedError, MemoryExhausted
-from rlx.core.logprobs import score
+from rlx.core.logprobs import score, trunk_for
+from rlx.core.memory import kept_budget
 from rlx.core.meter import Meter, largest, total
-from rlx.core.microbatch import cut
 from rlx.core.optim import (
     build_optimizer,
     build_scheduler,
@@ -22,6 +22,9 @@ from rlx.core.optim import (
     optimizer_state,
     place_scheduler,
 )
+from rlx.core.peers import elsewhere
+from rlx.core.recompute import can_recompute, recomputes
+from rlx.core.states import micro_batches
 from rlx.core.streams import rng_scope
 
 if TYPE_CHECKING:
@@ -59,6 +62,7 @@ class Updater:
         settings: optimizer, schedule, budget.
         accelerator: devices, processes, mixed precision.
         total_updates: mini-batches of the whole run, the horizon of the schedule.
+        budget: tokens of one forward and backward, the same on all processes.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Updater:
         settings: Settings,
         accelerator: Accelerator,
         total_updates: int,
+        budget: int,
     ) -> None:
         self.policy, self.algorithm, self.settings, self.accelerator = (
             policy,
@@ -78,9 +83,10 @@ class Updater:
         self.parameters = policy.trainable()
         self.optimizer = build_optimizer(self.parameters, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, total_updates)
-        self.budget = token_budget(settings, accelerator.device)
+        self.budget = self.planned = budget  # the first halves when memory runs out
         self.done = 0  # mini-batches gone through, the position of schedule and dropout stream
         self.skipped_in_a_row = 0
+        self.say: Callable[[str], None] = lambda line: None  # what the user should hear of
 
     def score(self, sequences: Sequences) -> Scores:
         """One differentiable forward of everything that the loss needs."""
@@ -108,14 +114,16 @@ class Updater:
         Raises:
             DivergedError: the loss or the gradient is not finite; no weight has moved.
             MemoryExhausted: one row alone does not fit.
+            PeerError: the loss failed on another process.
         """
         sizes = {by: self.count(batch, by) for by in self.algorithm.loss_per}
         while True:
             meter, value, fits = self.accumulate(batch, sizes)
             if fits:
                 break
-            self.halve(batch)
-        outcome = self.finish(meter, value)
+            self.make_room(batch)
+        tokens = total(self.accelerator, batch.size("tokens").to(self.accelerator.device))
+        outcome = self.finish(meter, value, empty=not float(tokens))
         self.skip(1)
         return outcome
 
@@ -133,30 +141,76 @@ class Updater:
     def accumulate(self, batch: Batch, sizes: dict[str, float]) -> tuple[Meter, torch.Tensor, bool]:
         """Gradients of all micro-batches, from zero: metrics, this process's loss, and whether it fitted."""
         self.optimizer.zero_grad(set_to_none=True)
-        meter, exhausted = Meter(), 0.0
+        meter, exhausted, error = Meter(), False, None
         value = torch.zeros((), device=self.accelerator.device)
         with (
             rng_scope(self.settings.seed, "dropout", self.done, self.accelerator.process_index),
             self.policy.active(training=True),
         ):
             try:
-                for part in self.losses(batch, sizes, meter):
+                active, idle = self.parted(batch)
+                for part in self.losses(active, sizes, meter):
                     part.backward()
                     value += part.detach()
+                if idle is not None:
+                    value += self.as_sampled(idle, sizes, meter)
             except torch.OutOfMemoryError:
-                exhausted = 1.0
-        # Every process hears of it, so that all go through the mini-batch again with the same smaller budget.
-        flag = torch.tensor(exhausted, device=self.accelerator.device)
-        return meter, value, not bool(total(self.accelerator, flag))
+                exhausted = True
+            except Exception as raised:  # raised again below, once the others know
+                error = raised
+        # Every process hears of it, so that all go through the mini-batch again with the same smaller budget,
+        # or end.
+        flags = torch.tensor([exhausted, error is not None], device=self.accelerator.device).float()
+        some_exhausted, some_failed = total(self.accelerator, flags).tolist()
+        if error is not None:
+            raise error
+        if some_failed:
+            raise elsewhere(self.accelerator, "the loss of a mini-batch")
+        return meter, value, not some_exhausted
 
     def losses(self, batch: Batch, sizes: dict[str, float], meter: Meter) -> Iterator[torch.Tensor]:
         """This process's loss, a () part a micro-batch; the metrics go into the meter."""
-        for rows in cut(batch.sequences.lengths, self.budget, per_row=batch.per_row):
+        for rows in self.micro_batches(batch):
             micro = batch.take(rows).to(self.accelerator.device)
-            loss = self.algorithm.loss(micro, self.score(micro.sequences))
-            yield torch.stack([terms.sum() / sizes[by] for by, terms in loss.terms.items()]).sum()
-            for name, values in loss.metrics.items():
-                meter.add(name, values)
+            yield self.put_together(self.algorithm.loss(micro, self.score(micro.sequences)), sizes, meter)
+
+    def put_together(self, loss: Loss, sizes: dict[str, float], meter: Meter) -> torch.Tensor:
+        """A loss as a () tensor; its metrics go into the meter."""
+        for name, values in loss.metrics.items():
+            meter.add(name, values)
+        return torch.stack([terms.sum() / sizes[by] for by, terms in loss.terms.items()]).sum()
+
+    def parted(self, batch: Batch) -> tuple[Batch, Rollouts | None]:
+        """The rows that have a gradient, and those that the algorithm knows to have none, if any."""
+        if not isinstance(batch, Rollouts) or not knows_idle(self.algorithm):
+            return batch, None
+        idle = self.algorithm.idle(batch)
+        if idle is None or not bool(idle.any()):
+            return batch, None
+        return batch.take((~idle).nonzero()[:, 0]), batch.take(idle.nonzero()[:, 0])
+
+    @torch.no_grad()
+    def as_sampled(self, idle: Rollouts, sizes: dict[str, float], meter: Meter) -> torch.Tensor:
+        """The loss, (), and the metrics of rows without gradient, from the log-probs of sampling.
+
+        On the first pass those are what a forward would give.
+        """
+        rows = idle.to(self.accelerator.device)
+        return self.put_together(self.algorithm.loss(rows, Scores(rows.old)), sizes, meter)
+
+    def micro_batches(self, batch: Batch) -> list[torch.Tensor]:
+        """Rows of each micro-batch, by the tokens of one forward and backward."""
+        sequences, model = batch.sequences, self.policy.model
+        if not len(sequences):
+            return []
+        trunks: list[torch.nn.Module | None]
+        if "reward" in self.algorithm.needs:
+            trunks = [parts_of(model)[0]]
+        else:
+            trunks = [trunk_for(model, sequences.to(self.accelerator.device))]
+            if "values" in self.algorithm.needs and self.policy.value_model is not None:
+                trunks.append(self.policy.value_model.backbone)
+        return micro_batches(trunks, sequences, self.budget, batch.per_row)
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> tuple[torch.Tensor, Meter]:
@@ -168,26 +222,48 @@ class Updater:
                 value += part
         return value, meter
 
-    def halve(self, batch: Batch) -> None:
-        """Halve the token budget after memory ran out; the mini-batch is gone through again."""
-        mine = int(batch.sequences.lengths.max()) * batch.per_row if len(batch) else 0
+    def make_room(self, batch: Batch) -> None:
+        """Halve the token budget after memory ran out, or recompute activations where one row is too much.
+
+        The mini-batch is gone through again. Where activations are recomputed it begins with the budget that
+        was planned, as a run would that had recomputed them from the start.
+
+        Raises:
+            MemoryExhausted: one row does not fit, and activations are recomputed already, or may not be.
+        """
+        active, _ = self.parted(batch)
+        mine = int(active.sequences.lengths.max()) * active.per_row if len(active) else 0
         longest = int(largest(self.accelerator, mine))
-        if self.budget <= longest:
-            raise MemoryExhausted(
-                f"out of memory with one row of {longest} tokens in a forward and backward",
-                hint="lower max_completion_length, or set gradient_checkpointing, lora_r or dtype: bfloat16",
-            )
-        self.budget //= 2
+        if self.budget > longest:
+            self.budget //= 2
+        else:
+            what = f"out of memory with one row of {longest} tokens in a forward and backward"
+            trunks = self.policy.trunks
+            able = not recomputes(*trunks) and can_recompute(*trunks)
+            if not able or self.settings.gradient_checkpointing != "auto":
+                hint = "gradient_checkpointing, lora_r" if able else "lora_r"
+                raise MemoryExhausted(
+                    what, hint=f"lower max_completion_length, or set {hint} or dtype: bfloat16"
+                )
+            self.policy.with_gradient_checkpointing()
+            self.budget = self.planned
+            self.say(f"{what}: gradient checkpointing is on from here on")
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def finish(self, meter: Meter, value: torch.Tensor) -> Outcome:
-        """Sum gradients over processes, clip, ask the algorithm, check that all is finite, step."""
+    def finish(self, meter: Meter, value: torch.Tensor, *, empty: bool) -> Outcome:
+        """Sum gradients over processes, clip, ask the algorithm, check that all is finite, step.
+
+        Args:
+            meter: the metrics of the mini-batch; an algorithm may have none.
+            value: this process's loss.
+            empty: no process has a token of it; then there is nothing to ask about and to step on.
+        """
         parameters = list(self.parameters.values())
         sum_gradients(parameters, self.accelerator)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm or math.inf))
         loss, means = float(total(self.accelerator, value)), meter.means(self.accelerator)
-        verdict = self.algorithm.verdict(means) if means else "skip"
+        verdict = "skip" if empty and not means else self.algorithm.verdict(means)
         broken = verdict == "step" and not (math.isfinite(loss) and math.isfinite(norm))
         if broken:
             verdict = self.refuse(loss, norm)
@@ -216,13 +292,17 @@ class Updater:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer state by parameter name, the position and the budget."""
+        """Optimizer state by parameter name, the position, the budget and what it began with."""
         return {
             "optimizer": optimizer_state(self.optimizer),
             "done": self.done,
             "skipped_in_a_row": self.skipped_in_a_row,
             "budget": self.budget,
-            "configured_budget": token_budget(self.settings, self.accelerator.device),
+            "planned": self.planned,
+            "asked": self.settings.max_tokens_per_micro_batch,
+            "checkpointing": recomputes(*self.policy.trunks)
+            if self.settings.gradient_checkpointing == "auto"
+            else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,14 +310,20 @@ class Updater:
         load_optimizer_state(self.optimizer, state["optimizer"])
         self.done, self.skipped_in_a_row = state["done"], state["skipped_in_a_row"]
         place_scheduler(self.scheduler, self.done)
-        # A budget that was halved stays so, unless a new one is asked for.
-        if state["configured_budget"] == token_budget(self.settings, self.accelerator.device):
-            self.budget = state["budget"]
+        self.budget = kept_budget(state, self.settings, self.budget)
+        first = {**state, "budget": state.get("planned", self.planned)}
+        self.planned = kept_budget(first, self.settings, self.planned)
+        on, now = state.get("checkpointing"), recomputes(*self.policy.trunks)
+        if self.settings.gradient_checkpointing == "auto" and on is not None and on != now:
+            self.policy.with_gradient_checkpointing(on)
 
 
-def token_budget(settings: Settings, device: torch.device) -> int:
-    """Padded tokens of one forward and backward."""
-    return settings.max_tokens_per_micro_batch or (16384 if device.type == "cuda" else 4096)
+def knows_idle(algorithm: Algorithm) -> bool:
+    """Whether its ``idle`` speaks of its ``loss``: not if a subclass or a caller replaced the loss alone."""
+    for members in (vars(algorithm), *map(vars, type(algorithm).__mro__)):
+        if "idle" in members or "loss" in members:
+            return "idle" in members
+    return False
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
@@ -245,12 +331,16 @@ def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator
 
     Losses are divided by global counts, so the sum is the gradient of the whole mini-batch. Unlike a wrapper
     that reduces during backward, this lets processes have different numbers of micro-batches, or none.
+    Where there was none at all the gradient is zero, and moments and decay act as with any other.
     """
-    if accelerator.num_processes == 1:
+    alone = accelerator.num_processes == 1
+    if alone and any(parameter.grad is not None for parameter in parameters):
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if alone:
+        return
     for dtype in {parameter.dtype for parameter in parameters}:
         grads = [p.grad for p in parameters if p.grad is not None and p.dtype == dtype]
         flat = total(accelerator, torch.nn.utils.parameters_to_vector(grads))

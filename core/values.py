@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from rlx.core.batch import Sequences, flat_index
 from rlx.core.errors import ConfigError
-from rlx.core.microbatch import cut
 from rlx.core.pretrained import Source, check_safetensors_file, load_config, load_weights, restore_weights
+from rlx.core.states import micro_batches, states
 
 VALUE_HEAD_FILE = "value_head.safetensors"
 _PREFIXES = (
@@ -117,7 +117,7 @@ class ValueModel(nn.Module):
 
         Args:
             sequences: on any device.
-            token_budget: padded tokens of a forward pass, when no gradient is wanted.
+            token_budget: tokens of a forward pass, when no gradient is wanted.
 
         Returns:
             (S,) float32, in the order of the scored tokens, on the model's device.
@@ -128,7 +128,8 @@ class ValueModel(nn.Module):
             return self.head.weight.new_zeros(0)
         if torch.is_grad_enabled():
             return self.forward(sequences)
-        parts = [some[part] for part in cut(sequences.lengths[some], token_budget)]
+        taken = sequences.take(some)
+        parts = [some[part] for part in micro_batches([self.backbone], taken, token_budget)]
         out = self.head.weight.new_zeros(int(sequences.scored.sum()))
         out[flat_index(sequences.counts, torch.cat(parts))] = torch.cat(
             [self.forward(sequences.take(part)) for part in parts]
@@ -136,16 +137,9 @@ class ValueModel(nn.Module):
         return out
 
     def forward(self, sequences: Sequences) -> Tensor:
-        """Values (S,) of sequences on the model's device, in one pass over right-padded rows."""
-        longest = int(sequences.lengths.max())
-        real_NL = torch.arange(longest, device=sequences.ids.device) < sequences.lengths[:, None]
-        ids_NL = torch.zeros_like(real_NL, dtype=torch.long)
-        scored_NL = torch.zeros_like(real_NL)
-        ids_NL[real_NL], scored_NL[real_NL] = sequences.ids, sequences.scored
-        hidden_NLD = self.backbone(input_ids=ids_NL, attention_mask=real_NL.long(), use_cache=False)[0]
-        return self.head.forward(
-            hidden_NLD[:, :-1][scored_NL[:, 1:]]
-        )  # (S,): the state before a token is one to its left
+        """Values (S,) of sequences on the model's device, in one pass."""
+        before = sequences.scored.nonzero().squeeze(1) - 1  # the state before a token is one to its left
+        return self.head.forward(states(self.backbone, sequences, before))
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the backbone as a plain Hugging Face folder, and the head beside it."""

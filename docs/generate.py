@@ -23,6 +23,7 @@ from rlx.plugins.catalogue import COMPONENTS
 from rlx.plugins.contract import KINDS
 from rlx.plugins.hookspecs import GlobalHooks, RunEvents
 from rlx.plugins.references import config_of, resolve
+from rlx.testing import cases
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- generated: (.+?) -->\n.*?<!-- end -->", re.DOTALL)
@@ -200,9 +201,32 @@ def docstring(file: str) -> str:
     return ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", "\n\n".join(parts)).replace("``", "`")
 
 
+def functions(file: str) -> str:
+    """The public functions of a module: what each takes, and the first sentence of what it gives."""
+    tree, rows = ast.parse((ROOT / file).read_text(encoding="utf-8")), []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            taken = [one.arg for one in (*node.args.args, *node.args.kwonlyargs)]
+            what = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+            rows.append([f"`{node.name}({', '.join(taken)})`", what.replace("``", "`")])
+    return table(("function", "what it gives"), rows)
+
+
 def verbs() -> str:
     """The commands."""
     return table(("command", "what it does"), ([f"`rlx {name}`", doc] for name, doc in VERBS.items()))
+
+
+def conformance_cases() -> str:
+    """A table of the cases of each kind of component."""
+    parts = []
+    for kind in KINDS:
+        rows = [
+            [f"`{case.name}`", case.doc.replace("``", "`") + (" *Slow.*" if case.slow else "")]
+            for case in cases(kind)
+        ]
+        parts.append(f"### {kind.capitalize()}\n\n" + table(("case", "what holds"), rows))
+    return "\n\n".join(parts)
 
 
 BLOCKS: dict[str, Callable[..., str]] = {
@@ -217,7 +241,9 @@ BLOCKS: dict[str, Callable[..., str]] = {
     "recipe": recipe,
     "excerpt": excerpt,
     "docstring": docstring,
+    "functions": functions,
     "verbs": verbs,
+    "cases": conformance_cases,
 }
 
 

@@ -5,16 +5,17 @@ No torch here: a component's Config and metadata are read before the training st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlx.core.batch import Batch, Loss, Scores, Sequences
+    from rlx.core.batch import Batch, Loss, Rollouts, Scores, Sequences
 
+CHUNK_SIZE = 16
 KINDS = ("algorithm", "reward", "transform", "callback", "generator", "judge", "dataset")
 
 
@@ -60,7 +61,8 @@ class Algorithm:
         eats: ``prompts`` (online), ``pairs``, ``labeled`` or ``demonstrations``.
         defaults: core options for which this algorithm has another default.
         needs: what the loop must provide, any of ``reference`` (log-probs under the reference, in the batch
-            before ``prepare``), ``values`` (a value function, before the update and in it), ``kl`` (the exact
+            before ``prepare``), ``mismatched`` (with it, those of labeled rows' mismatched sequences),
+            ``values`` (a value function, before the update and in it), ``kl`` (the exact
             KL(policy‖reference) at each sampled token), and in ``Scores``: ``entropy``, ``correct`` (was the
             token the most likely one), ``square`` (log Σ p²), ``reward`` (the policy is a classifier).
         completions_per_prompt: how many completions of each prompt are sampled.
@@ -68,6 +70,8 @@ class Algorithm:
         mini_batches: into how many optimizer steps one pass over a batch is cut.
         stop_token_ids: tokens that end a completion, beside the model's own end-of-sequence tokens.
         loss_per: the counts that ``Loss.terms`` are divided by.
+        learns_from_prompts: tokens of prompts get a gradient too.
+        judged: it can learn from ``Rollouts.wins``, what a judge says, in the place of rewards.
     """
 
     Config: ClassVar[type] = NoOptions
@@ -79,6 +83,8 @@ class Algorithm:
     mini_batches: int = 1
     stop_token_ids: tuple[int, ...] = ()
     loss_per: tuple[str, ...] = ("tokens",)
+    learns_from_prompts: bool = False
+    judged: bool = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -94,6 +100,18 @@ class Algorithm:
     def size(self, batch: Batch, by: str) -> Tensor:
         """() float64, the count named in ``Loss.terms`` for one mini-batch of this process."""
         return batch.size(by)
+
+    def idle(self, batch: Rollouts) -> Tensor | None:
+        """(N,) bool, sequences of a mini-batch whose terms have no gradient; None where that is not known.
+
+        They are not put through the model. ``loss`` is still asked for their terms and metrics, with the
+        log-probs that they were sampled with and nothing else in ``now``. Counts are those of the whole
+        mini-batch.
+
+        Args:
+            batch: a mini-batch of this process; other kinds of batches are not asked about.
+        """
+        return None
 
     def verdict(self, means: Mapping[str, float]) -> str:
         """What becomes of a mini-batch, its metrics known: ``step``, ``skip`` it, or ``stop`` the update.
@@ -117,10 +135,20 @@ class Reward:
     Class attributes:
         Config: frozen dataclass of ``rlx.opt`` fields.
         columns: data-set columns it needs, checked before weights load; an instance may set its own.
+        needs_policy: it scores with the policy's own weights. Then ``attach`` is called before it scores, and
+            it is tried after the weights are loaded, not before.
+        independent: what it says of a completion depends on that completion, its prompt and its columns
+            alone, and a metric that it gives as one number is a count. Then it may be called several times
+            for a batch, from another thread, while other completions are still being sampled; an async one
+            also before its last call has ended. Of no effect with ``needs_policy`` or a ``state_dict``.
+        chunk_size: completions that such a call is worth, at least; an instance may set its own.
     """
 
     Config: ClassVar[type] = NoOptions
     columns: tuple[str, ...] = ()
+    needs_policy: ClassVar[bool] = False
+    independent: ClassVar[bool] = False
+    chunk_size: int = CHUNK_SIZE
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -132,9 +160,56 @@ class Reward:
         completions: list[str],
         completion_ids: list[list[int]],
         **columns: list[Any],
-    ) -> Sequence[float | Sequence[float] | None]:
-        """One number a completion, or a list of one number a token; None where the reward does not apply."""
+    ) -> RewardResult | Awaitable[RewardResult]:
+        """One number a completion, or a list of one number a token; None where the reward does not apply.
+
+        One that names ``run_step`` is given the run's step too, None outside a run.
+        """
         raise TypeError(f"{type(self).__qualname__} has no __call__")
+
+    def attach(self, policy: Any) -> None:
+        """Take the policy, once, before the first step; called where ``needs_policy`` is set.
+
+        Args:
+            policy: ``rlx.core.models.Policy``. What the reward adds to it is frozen, and whatever a call does
+                to modes, adapters and gradients is undone before it returns or raises.
+        """
+
+    def close(self) -> None:
+        """Give back what it holds, processes for example; called when a run ends, another may follow."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """One item that a reward could not score; it goes the way of ``reward_on_error``, as an exception does.
+
+    Attributes:
+        reason: what went wrong, to follow the reward's name: ``took longer than 5 s``.
+        hint: what to do about it; empty for what is said of every unusable score.
+    """
+
+    reason: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """What a reward returns that has more to tell than its values, for N completions.
+
+    Attributes:
+        values: N items, as a reward returns them alone.
+        metrics: name → a number, or N numbers of which those that are not None are averaged; logged as
+            ``reward/<reward>/<name>``. Names are words of letters, digits, ``_``, ``-`` and ``.``.
+        columns: name → N values, each a text, a finite number, a bool or None; they stand beside the
+            completion in completions.jsonl as ``<reward>/<name>``.
+    """
+
+    values: Sequence[float | Sequence[float] | Failed | None]
+    metrics: Mapping[str, float | Sequence[float | None]] = field(default_factory=dict)
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
+RewardResult = Sequence[float | Sequence[float] | Failed | None] | Rewarded
 
 
 class Transform:
@@ -144,9 +219,13 @@ class Transform:
         Config: frozen dataclass of ``rlx.opt`` fields.
         takes: columns it needs.
         gives: columns it adds.
+        stage: ``rows``: it acts in the order given. ``template``: it renders the rows in place of the option
+            chat_template, a ``ChatTemplate``. ``packing``: it puts tokenised demonstrations together in place
+            of the option packing, a ``Packing``. Those two act after the others, wherever they stand.
     """
 
     Config: ClassVar[type] = NoOptions
+    stage: ClassVar[str] = "rows"
     takes: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
 
@@ -154,7 +233,12 @@ class Transform:
         self.config = config
 
     def __call__(self, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
-        """The transformed rows; a row left out is counted and reported."""
+        """The transformed rows; a row left out is counted and reported.
+
+        Raises:
+            rlx.BadRow: a row that cannot be used; ``on_bad_row`` decides what becomes of it. Any other
+                exception is a fault of the transform.
+        """
         raise TypeError(f"{type(self).__qualname__} has no __call__")
 
 
@@ -164,10 +248,15 @@ class Callback:
     Class attributes:
         Config: frozen dataclass of ``rlx.opt`` fields.
         observer: True if a failure here switches the callback off instead of stopping the run.
+        collective: True if an event of it waits for other processes. It has to see for itself that what fails
+            on one of them fails on all.
+        changes_training: True if weights, batches or the reference may be others with it than without it.
     """
 
     Config: ClassVar[type] = NoOptions
     observer: ClassVar[bool] = False
+    collective: ClassVar[bool] = False
+    changes_training: ClassVar[bool] = False
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -178,6 +267,12 @@ class Callback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back what ``state_dict`` gave."""
+
+    def close(self) -> None:
+        """Give back what it holds; called where it was built for a run and none comes of it.
+
+        At the end of a run ``on_run_end`` is told instead.
+        """
 
 
 @dataclass(frozen=True)
@@ -225,7 +320,11 @@ class Completions:
 
 @runtime_checkable
 class Generator(Protocol):
-    """Samples completions."""
+    """Samples completions.
+
+    One whose ``generate`` has a parameter ``on_complete`` is told there whom to
+    tell which completions are complete: ``rlx.plugins.telling.TellingGenerator``.
+    """
 
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
@@ -252,10 +351,23 @@ class Generator(Protocol):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Says which of two completions is better."""
+    """Says which of two completions is better.
+
+    Whoever asks shows each pair in an order that is drawn, and undoes it. ``judge`` may take more by
+    name, one value a pair: columns of the data, ``pair_ids`` (token ids of both completions),
+    ``prompt_texts`` (prompts as the model sees them), ``rows`` (row numbers of the data), or all of it as
+    ``**columns``. An attribute ``columns`` names columns that it cannot do without. Where they exist,
+    ``state_dict`` and ``load_state_dict`` are for checkpoints, ``close`` is called when the run is over, and
+    with ``needs_policy = True`` a run gives its policy to ``attach(policy)`` before it asks.
+    """
 
     def judge(self, prompts: list[Any], pairs: list[tuple[str, str]]) -> list[int | None]:
-        """0 or 1 for the better one of each pair, None for no verdict."""
+        """0 or 1 for the better one of each pair, None for no verdict.
+
+        Args:
+            prompts: N message lists, or N texts.
+            pairs: N pairs of completions, no two texts of a pair equal.
+        """
         ...
 
 

@@ -22,23 +22,35 @@ from rlx.plugins.registry import registry
 
 log = logging.getLogger(__name__)
 
+# Told on all processes between their common work. on_rollouts and on_save are told inside work that is agreed
+# on, on_error and on_run_end when the others may be anywhere.
+AGREED = ("on_run_start", "on_loss", "on_step_end", "on_log", "on_evaluate")
+
 
 class Events:
     """The callbacks of one run.
 
     Args:
         within: makes the context that an event's callbacks are called in; None for none.
+        agreed: makes, of the run and of what is being done, a context after which all processes know whether
+            the callbacks failed on one; None for none.
 
     Attributes:
         disabled: callback name → why it was switched off, for observers that failed.
     """
 
-    def __init__(self, within: Callable[[], AbstractContextManager[Any]] | None = None) -> None:
+    def __init__(
+        self,
+        within: Callable[[], AbstractContextManager[Any]] | None = None,
+        agreed: Callable[[Any, str], AbstractContextManager[Any]] | None = None,
+    ) -> None:
         self._within = within or nullcontext
+        self._agreed = agreed
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(RunEvents)
         self._arguments = arguments(RunEvents)
         self._callbacks: dict[str, Any] = {}
+        self._going = False  # between on_run_start and on_run_end
         self.disabled: dict[str, str] = {}
 
     @property
@@ -46,13 +58,21 @@ class Events:
         """The callbacks that are called, in that order."""
         return list(self._callbacks.values())
 
-    def add(self, callback: Any, name: str | None = None) -> None:
+    @property
+    def named(self) -> dict[str, Any]:
+        """Name → callback, in the order in which they are called."""
+        return dict(self._callbacks)
+
+    def add(self, callback: Any, name: str | None = None) -> str:
         """Add a callback; it is called from the next event on, after those that were added before.
 
         Args:
             callback: an object with methods marked by ``rlx.hookimpl``, each taking any of its event's
                 arguments.
-            name: for messages; default: its class.
+            name: for messages and checkpoints; default: its class. One that is taken gets a number.
+
+        Returns:
+            The name.
 
         Raises:
             PluginError: for a misspelt event or argument, a method that lacks the mark, a class in the place
@@ -72,6 +92,35 @@ class Events:
             )
         self._manager.register(callback, shown)
         self._callbacks[shown] = callback
+        return shown
+
+    def find(self, callback: Any) -> str:
+        """The name of a callback.
+
+        Args:
+            callback: its name, the object, or its class.
+
+        Raises:
+            ValueError: there is none, or there are several of that class.
+        """
+        found = [
+            name
+            for name, one in self._callbacks.items()
+            if one is callback or name == callback or type(one) is callback
+        ]
+        if len(found) != 1:
+            several = f"{callback!r} means several callbacks: {', '.join(found)}; name one"
+            none = f"{callback!r} is no callback of this run; there are {', '.join(self._callbacks)}"
+            raise ValueError(safe_text(several if found else none))
+        return found[0]
+
+    def begin(self, name: str, run: Any) -> None:
+        """Tell ``on_run_start`` to a callback that came late; nothing happens before the run has begun."""
+        self._tell_one(name, "on_run_start", run)
+
+    def end(self, name: str, run: Any) -> None:
+        """Tell ``on_run_end`` to a callback that leaves early; nothing happens before the run has begun."""
+        self._tell_one(name, "on_run_end", run)
 
     def remove(self, callback: Any) -> None:
         """Remove a callback, by identity; it may be called for the event that is under way.
@@ -104,13 +153,46 @@ class Events:
             raise TypeError(
                 f"emit({event!r}, {', '.join(given)}): expected {self._arguments.get(event, 'another event')}"
             )
+        if event in ("on_run_start", "on_run_end"):
+            self._going = event == "on_run_start"
+        impls = self._implementations(event, list(self._callbacks))
         with self._within():
-            results = self._told(event, given)
+            if self._agreed is None or event not in AGREED:
+                results = self._told(event, given, impls)
+            else:
+                results = self._told_together(event, given, impls)
         return [result for result in results if result is not None]
 
-    def _told(self, event: str, given: Mapping[str, Any]) -> list[Any]:
+    def _tell_one(self, name: str, event: str, run: Any) -> None:
+        if self._going:
+            with self._within():
+                self._told(event, {"run": run}, self._implementations(event, [name]))
+
+    def _implementations(self, event: str, names: list[str]) -> list[pluggy.HookImpl]:
+        return _in_order(getattr(self._manager.hook, event), names)
+
+    def _told_together(self, event: str, given: Mapping[str, Any], impls: list[pluggy.HookImpl]) -> list[Any]:
+        """As ``_told``; before and after each callback that waits for other processes all of them agree.
+
+        The agreements are counted by those callbacks alone: others may be there on one process only.
+        """
+        assert self._agreed is not None
+        parts: list[list[pluggy.HookImpl]] = [[]]
+        for impl in impls:
+            # A callback need not inherit rlx.Callback, so `collective` may be absent.
+            if getattr(impl.plugin, "collective", False):
+                parts += [[impl], []]
+            else:
+                parts[-1].append(impl)
         results = []
-        for impl in _in_order(getattr(self._manager.hook, event), list(self._callbacks)):
+        for place, part in enumerate(parts):
+            with self._agreed(given["run"], f"a callback, in {event}") if place % 2 == 0 else nullcontext():
+                results += self._told(event, given, part)
+        return results
+
+    def _told(self, event: str, given: Mapping[str, Any], impls: list[pluggy.HookImpl]) -> list[Any]:
+        results = []
+        for impl in impls:
             try:
                 results.append(_call(impl, given))
             except Exception as error:
@@ -132,7 +214,7 @@ class Events:
 
     def _free_name(self, name: str) -> str:
         taken = {*self._callbacks, *self.disabled}
-        numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+        numbered = (f"{name}_{number}" for number in range(2, len(taken) + 3))
         return name if name not in taken else next(free for free in numbered if free not in taken)
 
 
@@ -161,6 +243,11 @@ class Hooks:
         return None
 
 
+def has_state(callback: Any) -> bool:
+    """Whether a callback has state for checkpoints; it need not inherit ``rlx.Callback``."""
+    return hasattr(callback, "state_dict") and hasattr(callback, "load_state_dict")
+
+
 def global_hooks() -> Hooks:
     """The global hooks: ``global_hooks().rlx_validate(config=…)``, ``.rlx_load_model(spec=…)``."""
     return Hooks()
@@ -168,11 +255,14 @@ def global_hooks() -> Hooks:
 
 def _in_order(hook: pluggy.HookCaller, names: list[str]) -> list[pluggy.HookImpl]:
     """The implementations: ``tryfirst`` ones, plain ones, ``trylast`` ones, each in the order of names."""
-    return sorted(
-        hook.get_hookimpls(), key=lambda impl: (impl.trylast - impl.tryfirst, names.index(impl.plugin_name))
-    )
+    wanted = [impl for impl in hook.get_hookimpls() if impl.plugin_name in names]
+    return sorted(wanted, key=lambda impl: (impl.trylast - impl.tryfirst, names.index(impl.plugin_name)))
 
 
 def _call(impl: pluggy.HookImpl, given: Mapping[str, Any]) -> Any:
-    """The result of one implementation, called with the arguments that it asks for."""
-    return impl.function(**{name: given[name] for name in (*impl.argnames, *impl.kwargnames)})
+    """The result of one implementation, called with the arguments that it asks for.
+
+    It gets metrics of its own: what it does to them is seen neither by the next one nor in the run's history.
+    """
+    asked = {name: given[name] for name in (*impl.argnames, *impl.kwargnames)}
+    return impl.function(**{k: dict(v) if k == "metrics" else v for k, v in asked.items()})

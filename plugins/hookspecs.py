@@ -134,5 +134,10 @@ def check_hooks(plugin: object, specs: type) -> list[str]:
                     f" (it may take {', '.join(known[hook])})"
                 )
     if not implemented and not problems:
-        problems.append(f"it implements no hook; the hooks are {', '.join(known)}")
+        names = [name for name in dir(plugin) if not name.startswith("_")]
+        near = [f"{name} is no hook{meant} " for name in names if (meant := close(name, list(known)))]
+        problems.append(
+            f"{''.join(near[:1])}it implements no hook, which is a function called like one of these, with "
+            f"@rlx.hookimpl above it: {', '.join(known)}"
+        )
     return problems

@@ -115,12 +115,16 @@ def deferred(*names: str) -> Iterator[None]:
     """Within the block, importing one of the named top-level modules, or a submodule, gives a proxy.
 
     Nothing changes for a module that is imported already. On leaving, no proxy is left in ``sys.modules``;
-    those that other modules hold go on working.
+    those that other modules hold go on working. A block within another one is part of that one.
 
     Args:
         names: top-level modules, for example ``torch``; default ``HEAVY``.
     """
-    finder = _Finder(names or HEAVY)
+    wanted = names or HEAVY
+    if any(isinstance(finder, _Finder) and {*wanted} <= {*finder.names} for finder in sys.meta_path):
+        yield
+        return
+    finder = _Finder(wanted)
     finder.enter()
     try:
         yield

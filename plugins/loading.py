@@ -10,6 +10,8 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
+import pkgutil
 import sys
 import traceback
 from pathlib import Path
@@ -36,6 +38,8 @@ MEMBERS: dict[str, tuple[str, ...]] = {
 # What the bases and protocols of rlx only hold a place for: inheriting it is not enough.
 OPEN = ("__call__", "loss", "generate", "sync", "close", "judge", "rows")
 EATS = ("prompts", "pairs", "labeled", "demonstrations")
+# Where the frames of a traceback are rlx's, or of what it imports modules with.
+OURS = (*(str(Path(__file__).parents[1] / room) + os.sep for room in ("core", "plugins")), importlib.__file__)
 
 
 def load(target: str) -> Any:
@@ -85,6 +89,10 @@ def load_module(name: str, target: str = "") -> ModuleType:
             raise import_failure(name, error) from error
         file = Path(*name.split(".")).with_suffix(".py")
         hint = f"install the package that has it, or name a file: ./{file}:Attribute"
+        parent, _, missing = error.name.rpartition(".")
+        if parent in sys.modules:
+            names = [found.name for found in pkgutil.iter_modules(sys.modules[parent].__path__)]
+            hint = f"{parent} has {', '.join(names) or 'no modules'}{close(missing, names)}"
         if file.is_file():
             attribute = target.rpartition(":")[2] or "Attribute"
             hint = f"the current folder is not searched for modules; write ./{file}:{attribute}"
@@ -127,7 +135,7 @@ def load_file(path: str) -> ModuleType:
 
 
 def import_failure(name: str, error: BaseException) -> RlxError:
-    """The PluginError for a module that raised while it was imported, naming the line that did."""
+    """The PluginError for a module that raised while it was imported, naming its line that led to it."""
     if isinstance(error, RlxError):
         return error
     lines = [
@@ -135,6 +143,8 @@ def import_failure(name: str, error: BaseException) -> RlxError:
         for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<frozen")
     ]
+    # rlx.opt and the like refuse what a plugin's line gives them: that line is to be mended, not rlx's own.
+    lines = [frame for frame in lines if not frame.filename.startswith(OURS)] or lines
     where = f"{lines[-1].filename}:{lines[-1].lineno}" if lines else ""
     if isinstance(error, SyntaxError) and error.filename:
         where = f"{error.filename}:{error.lineno}"

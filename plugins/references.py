@@ -2,6 +2,8 @@
 
 ``dpo`` is a registered name, ``rlx-grpo/dpo`` the one of a certain plugin, ``my_pkg.rewards:MyReward`` any
 importable attribute, ``./rewards.py:MyReward`` an attribute of a file; in Python also the object itself.
+A reward may be the address of a server: ``http://host:8000/score`` is ``http`` with that ``url``;
+or an adapter of the policy's base: ``lora:DIR`` is ``lora`` with that ``path``.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ def resolve(kind: str, ref: Any) -> Any:
         raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
     if not isinstance(ref, str):
         return loading.check(kind, ref, describe(kind, ref))
+    ref, _ = spelt_out(kind, ref)
     if ":" in ref:
         return loading.check(kind, loading.load(ref), ref)
     if ref.endswith(".py"):
@@ -41,6 +44,23 @@ def resolve(kind: str, ref: Any) -> Any:
             f"{ref!r} does not say which {kind} in the file", code="E-REFERENCE", expected=f"{ref}:Attribute"
         )
     return registry().get(kind, ref)
+
+
+def spelt_out(kind: str, ref: str) -> tuple[str, dict[str, str]]:
+    """A reference in full: the URL of a reward server is ``http``, and ``lora:DIR`` ``lora``, with an option.
+
+    Args:
+        kind: of the component.
+        ref: as given.
+
+    Returns:
+        The name and the options that the reference holds.
+    """
+    if kind == "reward" and ref.lower().startswith(("http://", "https://")):
+        return "http", {"url": ref}
+    if kind == "reward" and ref.startswith("lora:"):
+        return "lora", {"path": ref.removeprefix("lora:")}
+    return ref, {}
 
 
 def config_of(component: Any) -> type:
@@ -66,7 +86,10 @@ def make(
         ConfigError: for an option that is unknown or has a value that is not allowed, and as ``resolve``.
         PluginError: as ``resolve``.
     """
-    component, given = resolve(kind, ref), dict(options or {})
+    held: dict[str, str] = {}
+    if isinstance(ref, str):
+        ref, held = spelt_out(kind, ref)
+    component, given = resolve(kind, ref), {**held, **(options or {})}
     owner = f"{kind} {describe(kind, ref)}"
     if not isinstance(component, type):
         if given:
@@ -91,11 +114,12 @@ def describe(kind: str, ref: Any) -> str:
     """A short name for messages and metrics: ``length``, ``my_pkg:MyReward``."""
     if isinstance(ref, str):
         return ref
-    for entry in registry().list(kind):
-        if entry.target is ref:
-            return entry.name
     owner = ref if hasattr(ref, "__qualname__") else type(ref)
-    return f"{owner.__module__}:{owner.__qualname__}"
+    target = f"{owner.__module__}:{owner.__qualname__}"
+    for entry in registry().list(kind):
+        if entry.target is ref or entry.target == target:  # the text, where it is not loaded by name
+            return entry.name
+    return target
 
 
 def origin(component: Any) -> str:

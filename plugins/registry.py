@@ -198,12 +198,14 @@ class Registry:
         """The error for using a broken plugin, with what it raised as its cause."""
         broken = self.broken[plugin]
         seen = broken.plugin
+        told = broken.error.hint if isinstance(broken.error, RlxError) else ""
+        repair = f"{told}; repair" if told else "repair"
         error = PluginError(
             f"plugin {plugin!r} failed to load",
             code="E-PLUGIN-BROKEN",
             got=broken.reason,
             where=f"{seen.distribution} {seen.version}, entry point {seen.value}",
-            hint=f"repair or uninstall {seen.distribution}, or leave it out: --no-plugin {plugin}",
+            hint=f"{repair} or uninstall {seen.distribution}, or leave it out: --no-plugin {plugin}",
         )
         error.__cause__ = broken.error
         return error
@@ -233,6 +235,10 @@ class Registry:
         elsewhere = [entry for entry in self._entries if entry.name == ref]
         if elsewhere:
             hint = f"{ref!r} is of kind {elsewhere[0].kind}"
+        elif any(plugin.name == ref for plugin in self._plugins):
+            offered = [f"{entry.kind} {entry.name}" for entry in self._entries if entry.plugin == ref]
+            what = ", ".join(offered) or "nothing: its rlx_register adds nothing to the registry"
+            hint = f"{ref!r} is a plugin, and offers {what}"
         error = ConfigError(
             f"there is no {kind} {ref!r}{close(ref.rpartition('/')[2], names)}",
             code="E-PLUGIN-UNKNOWN",

@@ -1,13 +1,12 @@
 """reward_model: the score that a sequence-classification model gives prompt and completion.
 
 The model reads text through its own tokenizer and chat template; token ids of the policy are never reused, so
-the two may differ in both. Leaves out: adapters of the policy's base, and servers.
+the two may differ in both. An adapter of the policy's own base is ``lora``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlx.core.errors import ConfigError
@@ -29,10 +28,19 @@ class RewardModel(Reward):
         revision: str | None = opt(None, "branch, tag or commit on the hub")
         max_length: int = opt(1024, "longest text; what is longer loses its beginning", gt=1, unit="tokens")
         batch_tokens: int = opt(4096, "padded tokens of one forward pass", gt=0, unit="tokens")
+        dtype: str = opt(
+            "auto",
+            "of its weights: auto is bfloat16 on a GPU, float32 on a CPU",
+            choices=("auto", "float32", "bfloat16", "float16"),
+        )
 
     def __init__(self, config: Config) -> None:
+        from rlx.core.pretrained import Source
+
         super().__init__(config)
         self._loaded: tuple[Any, Any] | None = None
+        self._source = Source.of(config.model, role="reward model", revision=config.revision)
+        self._source.check_exists()
 
     def __call__(
         self,
@@ -60,47 +68,37 @@ class RewardModel(Reward):
 
         model, tokenizer = self._load()
         asked = prompts if prompt is None else prompt
-        ids = [self._ids(tokenizer, *pair) for pair in zip(asked, completions, strict=True)]
+        ids = [
+            token_ids(tokenizer, *pair, longest=self.config.max_length, where=self.config.model)
+            for pair in zip(asked, completions, strict=True)
+        ]
         sequences = Sequences.from_lists(ids, [[] for _ in ids])
         with torch.no_grad():
             scores: list[float] = classify(model, sequences, token_budget=self.config.batch_tokens).tolist()
         return scores
-
-    def _ids(self, tokenizer: Any, prompt: Any, completion: str) -> list[int]:
-        """Prompt and completion as the reward model reads them; never empty."""
-        if tokenizer.chat_template is not None:
-            asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-            talk = [*asked, {"role": "assistant", "content": completion}]
-            text = tokenizer.apply_chat_template(talk, tokenize=False)
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        elif isinstance(prompt, list):
-            raise ConfigError(
-                "the reward model's tokenizer has no chat template, and the prompts are messages",
-                code="E-REWARD-MODEL",
-                where=self.config.model,
-                hint="give the prompts as text, or save the tokenizer with a chat_template",
-            )
-        else:
-            ids = tokenizer(prompt + completion)["input_ids"]
-            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
-                ids = [*ids, tokenizer.eos_token_id]
-        return list(ids[-self.config.max_length :]) or [tokenizer.eos_token_id or 0]
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
             import torch
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-            from rlx.core.pretrained import Source, load_config, load_weights, translated
+            from rlx.core.model_loading import load_adapted_classifier
+            from rlx.core.precision import DTYPES
+            from rlx.core.pretrained import (
+                ADAPTER_CONFIG_FILE,
+                load_config,
+                load_weights,
+                translated,
+            )
 
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            source = Source.of(self.config.model, role="reward model", revision=self.config.revision)
-            source.check_exists()
+            own = torch.bfloat16 if device.type == "cuda" else torch.float32
+            dtype = DTYPES.get(self.config.dtype, own)
+            source = self._source
             with translated(source):
                 tokenizer = AutoTokenizer.from_pretrained(source.name, **source.arguments)
-            if source.folder is not None and (Path(source.folder) / "adapter_config.json").is_file():
-                model = _adapted(source.folder, dtype)
+            if source.folder is not None and (source.folder / ADAPTER_CONFIG_FILE).is_file():
+                model = load_adapted_classifier(source.folder, dtype)
             else:
                 model = load_weights(
                     source, AutoModelForSequenceClassification, load_config(source), dtype=dtype
@@ -109,8 +107,33 @@ class RewardModel(Reward):
         return self._loaded
 
 
-def _adapted(folder: Path, dtype: Any) -> Any:
-    """A reward model that was saved as an adapter with its score head."""
-    from peft import AutoPeftModelForSequenceClassification
+def token_ids(tokenizer: Any, prompt: Any, completion: str, *, longest: int, where: str) -> list[int]:
+    """Prompt and completion as a reward model reads them; never empty.
 
-    return AutoPeftModelForSequenceClassification.from_pretrained(str(folder), num_labels=1, dtype=dtype)
+    Args:
+        tokenizer: the reward model's.
+        prompt: a message list, or text.
+        completion: text.
+        longest: tokens; what is over loses its beginning.
+        where: the reward model, for messages.
+
+    Raises:
+        ConfigError: the prompt is a message list, and the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is not None:
+        asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        talk = [*asked, {"role": "assistant", "content": completion}]
+        text = tokenizer.apply_chat_template(talk, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    elif isinstance(prompt, list):
+        raise ConfigError(
+            "the reward model's tokenizer has no chat template, and the prompts are messages",
+            code="E-REWARD-MODEL",
+            where=where,
+            hint="give the prompts as text, or save the tokenizer with a chat_template",
+        )
+    else:
+        ids = tokenizer(prompt + completion)["input_ids"]
+        if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+            ids = [*ids, tokenizer.eos_token_id]
+    return list(ids[-longest:]) or [tokenizer.eos_token_id or 0]

@@ -52,6 +52,9 @@ def test_the_wheel_holds_every_module_and_the_tiny_model(tmp_path):
     tiny = {file.name for file in (ROOT / "plugins/datasets/tiny").iterdir()}
     assert {"config.json", "tokenizer.json", "chat_template.jinja", "model.safetensors"} <= tiny
     expected = {"rlx/py.typed", *(f"rlx/plugins/datasets/tiny/{name}" for name in tiny)}
+    templates = list((ROOT / "core/templates").iterdir())
+    assert len(templates) == 17  # three for every package, a component and its tests for each of seven kinds
+    expected |= {f"rlx/core/templates/{file.name}" for file in templates}
     for package in SETUPTOOLS["packages"]:
         folder = ROOT / next(
             Path(where, *package[len(mapped) :].strip(".").split("."))

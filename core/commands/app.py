@@ -13,8 +13,9 @@ VERBS = {
     "resume": "go on with a run from its newest checkpoint that verifies",
     "check": "check a config, its data and rewards, and print the plan; train nothing",
     "show": "what a run folder holds: last metrics, evaluation, checkpoints, plots",
-    "plugins": "what is installed: components, their options, broken plugins",
-    "reward": "try a reward on a text",
+    "compare": "which of two runs, models or files of completions answers better",
+    "plugins": "what is installed, with its options; check, start or describe plugins of your own",
+    "reward": "try a reward on texts or on a run's completions, or serve it over HTTP",
     "doctor": "versions, devices, memory, disk and plugins, for a report",
 }
 

@@ -1,4 +1,4 @@
-"""``rlx plugins list`` and ``rlx plugins info``: what is installed, what failed to load, and every option.
+"""``rlx plugins list``, ``info`` and ``check``: what is installed, what failed to load, and every option.
 
 Answers without torch: components are strings until one is asked about, and then its module is imported with
 the heavy libraries deferred.
@@ -9,20 +9,31 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Mapping
+from importlib.metadata import packages_distributions, version
 from typing import Annotated, Any
 
 import typer
 
-from rlx.core.errors import PluginError
+from rlx.core.commands.plugin_files import new, schema
+from rlx.core.commands.plugins_check import check_plugin
+from rlx.core.errors import ConfigError
 from rlx.core.options import MISSING, Option, options, type_name
 from rlx.core.text import safe_text
-from rlx.plugins import contract, loading
+from rlx.plugins import loading
 from rlx.plugins.contract import KINDS
 from rlx.plugins.discovery import Broken
+from rlx.plugins.kinds import kind_of
 from rlx.plugins.references import config_of, resolve
 from rlx.plugins.registry import Entry, Registry, registry
 
-app = typer.Typer(help="What is installed: components, their options, and plugins that failed to load.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    help="What is installed: components, their options, and plugins that failed to load.",
+)
+app.command("check")(check_plugin)
+app.command("new")(new)
+app.command("schema")(schema)
 
 Kind = Annotated[str | None, typer.Option("--kind", help=", ".join(KINDS))]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -71,8 +82,12 @@ def list_plugins(kind: Kind = None, as_json: Json = False) -> None:
 
 @app.command("info")
 def info(
-    ref: Annotated[
-        str, typer.Argument(help="a registered name, plugin/name, module:Attribute, ./file.py:Attribute")
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[KIND] REF",
+            help="a registered name, plugin/name, module:Attribute, ./file.py:Attribute; before it its kind",
+        ),
     ],
     kind: Kind = None,
     as_json: Json = False,
@@ -80,15 +95,26 @@ def info(
     """Show one component with its options, or why a plugin failed to load.
 
     Args:
-        ref: a reference, or the name of a broken plugin.
-        kind: of the component, where several kinds have the name.
+        words: a reference or the name of a broken plugin, and before it the kind, where several have the
+            name.
+        kind: the same as a flag.
         as_json: print JSON.
 
     Raises:
         ConfigError: for a name that nothing has, or that several plugins offer.
         PluginError: for a component that does not load or is not usable.
     """
+    *before, ref = words
+    if len(before) > 1 or (before and kind not in (None, before[0])):
+        raise ConfigError(
+            "info shows one component",
+            code="E-CONFIG-FLAG",
+            got=safe_text(" ".join(words)),
+            expected="[KIND] REF",
+        )
+    kind = before[0] if before else kind
     found = registry()
+    found.list(kind)  # refuses an unknown kind
     if ref in found.broken:
         described = [_broken_data(found.broken[ref])]
     elif ":" in ref:
@@ -124,8 +150,17 @@ def _broken_data(broken: Broken) -> dict[str, Any]:
 
 def _describe_reference(ref: str, kind: str | None) -> dict[str, Any]:
     component = loading.load(ref)
-    kind = kind or _kind_of(component, ref)
-    return _describe(kind, resolve(kind, ref), {"name": ref, "target": ref})
+    kind = kind or kind_of(component)
+    return _describe(kind, resolve(kind, ref), {"name": ref, "target": ref, **_home(ref)})
+
+
+def _home(ref: str) -> dict[str, str]:
+    """The installed distribution that a reference to code leads to, and its version; nothing for a file."""
+    module = ref.rpartition(":")[0]
+    if module.endswith(".py"):
+        return {}
+    names = packages_distributions().get(module.partition(".")[0], [])
+    return {"distribution": names[0], "version": version(names[0])} if names else {}
 
 
 def _describe_entry(entry: Entry, component: Any) -> dict[str, Any]:
@@ -169,27 +204,6 @@ def _option_data(option: Option) -> dict[str, Any]:
         "doc": option.doc,
     }
     return {key: value for key, value in data.items() if value is not MISSING}
-
-
-def _kind_of(component: Any, ref: str) -> str:
-    """The kind of an unregistered component: its base class's, else the first whose members it has."""
-    bases = {"reward": contract.Reward, "transform": contract.Transform, "callback": contract.Callback}
-    for kind, base in bases.items():
-        if isinstance(component, base) or (isinstance(component, type) and issubclass(component, base)):
-            return kind
-    for kind in ("algorithm", "generator", "judge", "dataset", "callback", "reward"):
-        try:
-            loading.check(kind, component, ref)
-        except PluginError:
-            continue
-        return kind
-    raise PluginError(
-        f"{ref!r} is no component of any kind",
-        code="E-PLUGIN-PROTOCOL",
-        where=loading.source(component),
-        expected=", ".join(KINDS),
-        hint="--kind KIND says what is missing",
-    )
 
 
 def _as_text(data: dict[str, Any]) -> str:
@@ -241,3 +255,7 @@ def _table(head: Row, rows: Iterable[Row]) -> str:
         "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines
     )
+
+
+for command in app.registered_commands:  # --help says what a command does, not what it raises
+    command.help = (inspect.getdoc(command.callback) or "").partition("\n")[0]

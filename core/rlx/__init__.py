@@ -34,22 +34,27 @@ if TYPE_CHECKING:
         SaveError,
     )
     from rlx.core.options import opt
-    from rlx.core.run import prepare, resume, run
+    from rlx.core.run import prepare, reopen, resume, run
+    from rlx.core.workers import Workers
     from rlx.plugins.contract import (
         Algorithm,
         Callback,
         Completions,
         Dataset,
+        Failed,
         Generator,
         Judge,
         NoOptions,
         Reward,
+        Rewarded,
         Sampling,
         Transform,
     )
     from rlx.plugins.hookspecs import hookimpl
     from rlx.plugins.references import resolve
     from rlx.plugins.registry import Registry, available, discover, get, register, registry
+    from rlx.plugins.telling import Complete
+    from rlx.plugins.transforms import BadRow
 
     __version__: str
 
@@ -60,27 +65,34 @@ _HOMES = {
         " PluginError RewardError RlxError SaveError"
     ),
     "rlx.core.options": "opt",
-    "rlx.core.run": "prepare resume run",
+    "rlx.core.run": "prepare reopen resume run",
+    "rlx.core.workers": "Workers",
     "rlx.plugins.contract": (
-        "Algorithm Callback Completions Dataset Generator Judge NoOptions Reward Sampling Transform"
+        "Algorithm Callback Completions Dataset Failed Generator Judge NoOptions Reward Rewarded"
+        " Sampling Transform"
     ),
     "rlx.plugins.hookspecs": "hookimpl",
     "rlx.plugins.references": "resolve",
     "rlx.plugins.registry": "Registry available discover get register registry",
+    "rlx.plugins.telling": "Complete",
+    "rlx.plugins.transforms": "BadRow",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "Algorithm",
+    "BadRow",
     "Batch",
     "Callback",
     "CheckpointError",
+    "Complete",
     "Completions",
     "ConfigError",
     "DataError",
     "Dataset",
     "Demonstrations",
     "DivergedError",
+    "Failed",
     "Generator",
     "Interrupted",
     "Judge",
@@ -95,6 +107,7 @@ __all__ = [
     "Registry",
     "Reward",
     "RewardError",
+    "Rewarded",
     "RlxError",
     "Rollouts",
     "Sampling",
@@ -102,6 +115,7 @@ __all__ = [
     "Scores",
     "Sequences",
     "Transform",
+    "Workers",
     "__version__",
     "available",
     "discover",
@@ -111,6 +125,7 @@ __all__ = [
     "prepare",
     "register",
     "registry",
+    "reopen",
     "resolve",
     "resume",
     "run",

@@ -2,48 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from rlx.plugins.contract import Completions, NoOptions, Sampling
+from rlx.core.errors import ConfigError
+from rlx.core.options import opt
+from rlx.plugins.contract import Completions
+from rlx.plugins.generators.plain import Plain
 
 if TYPE_CHECKING:
-    from rlx.core.models import Policy
+    from rlx.core.cuda_graphs import GraphGenerator
 
 
-class Native:
+class Native(Plain):
     """Shared prompts, finished rows dropped, log-probs recorded: see ``rlx.core.generation``."""
 
-    Config: ClassVar[type] = NoOptions
-    plain: ClassVar[bool] = False
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """Options of ``native``."""
 
-    def __init__(self, config: NoOptions) -> None:
+        packed_weights: bool = opt(True, "lay weights out for products of few rows while sampling, on a CPU")
+        cuda_graphs: bool = opt(False, "replay a captured decode step; CUDA only")
+
+    def __init__(self, config: Native.Config) -> None:
+        super().__init__(config)
         self.config = config
-        self.policy: Policy | None = None
+        self.graphs: GraphGenerator | None = None
 
     def sync(self, policy: Any) -> None:
-        """Sample from this policy; its weights are read where they are."""
-        self.policy = policy
+        """Sample from this policy; its weights are read where they are.
 
-    def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> Completions:
-        """Sample n completions of each prompt; see ``rlx.core.generation.generate``."""
+        Raises:
+            ConfigError: CUDA graphs are asked for, and there are none here.
+        """
+        if self.config.cuda_graphs and self.graphs is None:
+            device = policy.base.device
+            if device.type != "cuda":
+                raise ConfigError(
+                    "there are no CUDA graphs here to replay",
+                    code="E-CONFIG-CONFLICT",
+                    got=f"cuda_graphs: true, device {device}",
+                    expected="generator native on a CUDA device",
+                    hint="leave cuda_graphs out",
+                )
+            from rlx.core.cuda_graphs import GraphGenerator
+
+            self.graphs = GraphGenerator()
+        super().sync(policy)
+
+    def sample(self, *args: Any, **options: Any) -> Completions:
+        """The call itself: captured steps, or those of the loop."""
         from rlx.core.generation import generate
 
-        if self.policy is None:
-            raise RuntimeError("a generator samples only after sync(policy)")
-        return generate(
-            self.policy.model,
-            prompts,
-            n,
-            sampling,
-            seeds,
-            tokenizer=self.policy.tokenizer,
-            batch_size=sampling.batch_size,
-            plain=self.plain,
-        )
+        if self.graphs is not None:
+            return self.graphs.generate(*args, **options)
+        return generate(*args, **options, packed_weights=self.config.packed_weights)
 
     def close(self) -> None:
-        """Let go of the policy."""
-        self.policy = None
+        """Let go of the policy, and of what was captured."""
+        super().close()
+        if self.graphs is not None:
+            self.graphs.release()
+            self.graphs = None

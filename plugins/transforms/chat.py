@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ SHAREGPT_ROLES = {
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHATML = """\
 {%- for message in messages -%}
+{%- if message['tool_calls'] -%}{{- raise_exception('chatml has no form for tool calls') -}}{%- endif -%}
 {{- '<|im_start|>' ~ message['role'] ~ '\n' ~ message['content'] ~ '<|im_end|>\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"""
@@ -78,14 +80,22 @@ class SplitConversation(Transform):
 class ShareGPTMessages(Transform):
     """ShareGPT's ``conversations`` of ``from`` and ``value`` as ``messages`` of ``role`` and ``content``."""
 
-    takes = frozenset({"conversations"})
     gives = frozenset({"messages"})
+
+    @dataclass(frozen=True)
+    class Config:
+        """Where the dialogues are."""
+
+        column: str = opt("conversations", "column of dialogues")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.takes = frozenset({config.column})  # type: ignore[misc]  # known only with the option
 
     def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
         """Rows with ``messages``."""
-        return [
-            {**row, "messages": standard_messages(row.get("conversations"), "conversations")} for row in rows
-        ]
+        column = self.config.column
+        return [{**row, "messages": standard_messages(row.get(column), column)} for row in rows]
 
 
 def standard_messages(turns: Any, column: str) -> Messages:
@@ -121,7 +131,7 @@ def check_messages(messages: Any) -> None:
         role = turn.get("role") if isinstance(turn, Mapping) else None
         if role not in ROLES:
             raise BadRow(f"turn {number}: role is {safe_text(role, 40)}; known are {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str) and not _calls_tools(turn):
+        if not isinstance(turn.get("content"), str) and not (role == "assistant" and _calls_tools(turn)):
             raise BadRow(f"turn {number}: content is {type(turn.get('content')).__name__}, not text")
         if role in ("system", "developer") and number > 0:
             raise BadRow(f"turn {number}: a {role} message is not the first")
@@ -138,6 +148,29 @@ def _calls_tools(turn: Mapping[str, Any]) -> bool:
     return turn.get("content") is None and bool(turn.get("tool_calls"))
 
 
+def tools_of(value: Any) -> list[Any] | None:
+    """The functions that a row offers to the model, None for no function.
+
+    Args:
+        value: of the column ``tools``: a list of JSON schemas, or the same as JSON text, as tables without
+            nested types have it.
+
+    Raises:
+        BadRow: for anything else.
+    """
+    found = value
+    if isinstance(value, str):
+        try:
+            found = json.loads(value) if value.strip() else None
+        except ValueError:
+            raise BadRow("tools is text, and no JSON") from None
+    if not found:
+        return None
+    if not isinstance(found, list) or not all(isinstance(one, Mapping) for one in found):
+        raise BadRow("tools is no list of JSON schemas")
+    return found
+
+
 class ChatTemplate(Transform):
     """Renders each prompt as the text that the model sees.
 
@@ -145,6 +178,7 @@ class ChatTemplate(Transform):
     template text stays as it is. A prompt that ends with an assistant turn is one for the model to continue.
     """
 
+    stage = "template"
     takes = frozenset({"prompt"})
     gives = frozenset({"_text", "_messages"})
 
@@ -261,18 +295,19 @@ class ChatTemplate(Transform):
             tokenizer: of the model.
             opens: end with what opens an assistant's turn.
             continues: leave the last turn open, for the model to continue.
-            tools: JSON schemas of the functions that the model may call.
+            tools: the functions that the model may call, as ``tools_of`` takes them.
 
         Raises:
-            BadRow: refused by the template.
+            BadRow: refused by the template, or ``tools`` of another kind.
             DataError: a template that asks for more memory than there is.
         """
         from jinja2 import TemplateError
 
+        functions = tools_of(tools)
         try:
             text = tokenizer.apply_chat_template(
                 messages,
-                tools=tools or None,
+                tools=functions,
                 chat_template=self.override,
                 add_generation_prompt=opens,
                 continue_final_message=continues,

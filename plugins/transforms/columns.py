@@ -120,13 +120,21 @@ class AlpacaMessages(Transform):
 
 
 class DropDuplicates(Transform):
-    """Keeps the first row of each prompt."""
+    """Keeps the first row of each prompt, or of what other columns hold together."""
 
-    takes = frozenset({"prompt"})
+    @dataclass(frozen=True)
+    class Config:
+        """What makes two rows the same."""
+
+        columns: list[str] = opt(["prompt"], "rows that are equal in all of these are copies", commas=True)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.takes = frozenset(config.columns)  # type: ignore[misc]  # known only with the options
 
     def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
-        """Rows whose prompt did not occur before."""
+        """Rows that did not occur before."""
         first: dict[str, Row] = {}
         for row in rows:
-            first.setdefault(repr(row["prompt"]), row)
+            first.setdefault(repr([row.get(column) for column in self.config.columns]), row)
         return list(first.values())

@@ -155,6 +155,4 @@ def _demonstrations(names: set[str], first: list[Mapping[str, Any]]) -> Way | No
 
 def _messages(column: str) -> list[Any]:
     """The transforms that bring dialogues of one column into ``messages``, ShareGPT's or the usual ones."""
-    rename = {"conversations": column}
-    copies = [] if column == "conversations" else [ColumnMap(ColumnMap.Config(columns=rename))]
-    return [*copies, ShareGPTMessages(ShareGPTMessages.Config())]
+    return [ShareGPTMessages(ShareGPTMessages.Config(column=column))]

@@ -15,6 +15,8 @@ from rlx.plugins.transforms import BadRow
 
 Row = dict[str, Any]
 
+BROKEN = "\ufffd"  # what bytes decode to that are no whole character
+
 
 def text_of(value: Any, column: str) -> str:
     """A column as text: text as it is, messages by their contents a line each, numbers as they are written.
@@ -117,7 +119,10 @@ class Truncate(Transform):
             if len(ids) <= self.config.max_tokens:
                 out.append(row)
             elif self.config.side != "drop":
-                right = self.config.side == "right"
-                kept = ids[: self.config.max_tokens] if right else ids[-self.config.max_tokens :]
-                out.append({**row, column: tokenizer.decode(kept)})
+                # A token may be a piece of a character: it decodes to a mark at the cut, and is left out.
+                if self.config.side == "right":
+                    kept = tokenizer.decode(ids[: self.config.max_tokens]).rstrip(BROKEN)
+                else:
+                    kept = tokenizer.decode(ids[-self.config.max_tokens :]).lstrip(BROKEN)
+                out.append({**row, column: kept})
         return out

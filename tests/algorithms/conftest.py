@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from rlx.testing.data import FORMS, row
+
 
 class Alone:
     """What ``prepare`` sees when there is one process; entropies are those given."""
@@ -139,72 +141,12 @@ EATS = {
     "demonstrations": ("sft",),
 }
 ALGORITHMS = {algo: eats for eats, algorithms in EATS.items() for algo in algorithms}
-RANKED = '''
-"""A reward that no two different texts share, so that nothing is a tie."""
-
-import hashlib
-
-
-def ranked(completions, **_):
-    return [int(hashlib.sha256(text.encode()).hexdigest()[:6], 16) / 16**6 for text in completions]
-'''
-
-
-def user(text: str) -> dict[str, str]:
-    """A turn of the user."""
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    """A turn of the assistant."""
-    return {"role": "assistant", "content": text}
-
-
-def row(number: int, form: str) -> dict[str, Any]:
-    """A row of one of ``FORMS``; lengths differ from row to row."""
-    x, y = 20 + 7 * number, 3 + number
-    thing = ("pens", "books", "red apples")[number % 3]
-    question = f"Amy has {x} {thing}. Ann has {y} more than Amy. How many {thing} does Ann have?"
-    right = f" {x} + {y} = {x + y}. Answer: {x + y}"
-    wrong = (f" {x} - {y} = {x - y}. Answer: {x - y}", " I think it is 94.")[number % 2]
-    label, answer = number % 3 > 0, right if number % 3 else wrong
-    rows: dict[str, dict[str, Any]] = {
-        "prompts, text": {"prompt": question, "answer": str(x + y)},
-        "prompts, messages": {"prompt": [user(question)], "answer": str(x + y)},
-        "pairs, text": {"prompt": question, "chosen": right, "rejected": wrong},
-        "pairs, text without prompt": {"chosen": question + right, "rejected": question + wrong},
-        "pairs, messages": {
-            "prompt": [user(question)], "chosen": [assistant(right)], "rejected": [assistant(wrong)],
-        },
-        "pairs, messages without prompt": {
-            "chosen": [user(question), assistant(right)], "rejected": [user(question), assistant(wrong)],
-        },
-        "labeled, text": {"prompt": question, "completion": answer, "label": label},
-        "labeled, messages": {"prompt": [user(question)], "completion": [assistant(answer)], "label": label},
-        "demonstrations, text": {"text": question + right},
-        "demonstrations, text with prompt": {"prompt": question, "completion": right},
-        "demonstrations, messages": {"messages": [user(question), assistant(right)]},
-        "demonstrations, messages with prompt": {
-            "prompt": [user(question)], "completion": [assistant(right)],
-        },
-    }  # fmt: skip
-    return rows[form]
-
-
-FORMS = (
-    "prompts, text", "prompts, messages",
-    "pairs, text", "pairs, text without prompt", "pairs, messages", "pairs, messages without prompt",
-    "labeled, text", "labeled, messages",
-    "demonstrations, text", "demonstrations, text with prompt", "demonstrations, messages",
-    "demonstrations, messages with prompt",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a reward, and training and evaluation data of every form."""
+    """A folder with training and evaluation data of every form."""
     folder = tmp_path_factory.mktemp("data")
-    (folder / "ranked.py").write_text(RANKED)
     for form in FORMS:
         for name, numbers in (("train", range(9)), ("eval", range(20, 25))):
             lines = [json.dumps(row(number, form)) for number in numbers]
@@ -231,7 +173,7 @@ def of(files: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
         }  # fmt: skip
         if eats == "prompts":
             given |= {
-                "reward": f"{files / 'ranked.py'}:ranked",
+                "reward": "rlx.testing.data:ranked",
                 "max_completion_length": 8,
                 "max_length": ...,
             }

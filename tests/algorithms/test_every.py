@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import shutil
+import re
 
 import pytest
 import torch
 
 import rlx
 from rlx.core.errors import ConfigError
+from rlx.core.options import options
 from rlx.core.run import prepare, reopen, train
+from rlx.testing.runs import PLAIN, Left, killed, killed_and_resumed, timeless
 
 # Not ours: peft asks for a property that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-# A step of plain gradient descent is as large as the gradient says: Adam's would blow up rounding errors, and
-# clipping would hide a gradient that is a multiple of what it should be.
-PLAIN = {"optim": "sgd", "learning_rate": 0.002, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
 
 
 def weights(run):
@@ -67,50 +64,15 @@ def test_micro_batches_and_the_order_of_rows_do_not_matter(case, of, tmp_path):
         assert_close(whole, turned, start)
 
 
-def timeless(lines):
-    """Log lines without what the clock says."""
-    return [{k: v for k, v in line.items() if "time/" not in k and "second" not in k} for line in lines]
-
-
-def left(folder):
-    """What a run leaves: tensors of its policy, log lines, samples."""
-    from safetensors.torch import load_file
-
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= {f"{file.name} {name}": tensor for name, tensor in load_file(file).items()}
-    samples = folder / "completions.jsonl"
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return tensors, timeless(lines), samples.read_text() if samples.exists() else ""
-
-
-def same(one, two):
-    """Bit for bit."""
-    tensors = one[0].keys() == two[0].keys() and all(torch.equal(one[0][k], two[0][k]) for k in one[0])
-    return tensors and one[1:] == two[1:]
-
-
-def interrupted(whole, again):
-    """A copy of a finished run's folder, as if it had been killed after its first checkpoint."""
-    shutil.copytree(whole, again)
-    for file in (*again.glob("*.safetensors"), again / "manifest.json"):
-        file.unlink()
-    for folder in again.glob("checkpoint-[2-9]"):
-        shutil.rmtree(folder)
-    return again
-
-
 KEPT = {"save_steps": 1, "save_total_limit": None, "max_steps": 3, "log_completions": -1}
 KINDS = ("rloo normalised", "dpo adapter", "dpo aot", "sft packing", "reward adapter")
 
 
 def assert_resumes(options, tmp_path):
-    whole = rlx.run(**options).folder
-    again = interrupted(whole, tmp_path / "again")
-    train(reopen(again))
-    tensors, lines, _ = left(whole)
-    assert tensors and [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert same(left(again), left(whole))
+    whole = Left.by(rlx.run(**options).folder)
+    assert whole.tensors and [line["step"] for line in whole.lines if "loss" in line] == [1, 2, 3]
+    again = Left.by(killed_and_resumed({**options, "output_dir": str(tmp_path / "again")}))
+    assert again.same(whole)
 
 
 def test_a_resumed_run_ends_as_if_it_had_not_been_interrupted(algo, of, tmp_path):
@@ -124,10 +86,10 @@ def test_a_resumed_run_of_another_kind_does_so_too(kind, of, tmp_path):
 
 def test_without_the_state_of_the_optimizer_a_resumed_run_ends_elsewhere(of, tmp_path):
     whole = rlx.run(**of("dpo", **KEPT)).folder
-    run = reopen(interrupted(whole, tmp_path / "again"))
+    run = reopen(killed(of("dpo", **KEPT, output_dir=str(tmp_path / "again"))))
     run.updater.optimizer.state.clear()
     train(run)
-    assert not same(left(run.path), left(whole))
+    assert not Left.by(run.path).same(Left.by(whole))
 
 
 EVALUATED = {
@@ -253,12 +215,14 @@ def test_a_model_object_brings_its_own_reference(of, others, tmp_path):
     assert_close(found[0][3], found[1][3], found[0][1])
 
 
-def test_precomputed_log_probs_are_for_pairs_alone(algo, of):
-    if rlx.resolve("algorithm", algo).eats == "pairs":
+def test_precomputed_log_probs_are_for_pairs_and_a_reference(algo, of):
+    if algo == "dpo":
         assert rlx.run(**of(algo, **ONCE), dry_run=True).plan
-    else:
-        with pytest.raises(ConfigError, match="precompute_ref_log_probs is an option for pairs"):
-            rlx.run(**of(algo, **ONCE), dry_run=True)
+        return
+    pairs = rlx.resolve("algorithm", algo).eats == "pairs"
+    reason = "is for a reference, and .* has none" if pairs else "is an option for pairs"
+    with pytest.raises(ConfigError, match=f"precompute_ref_log_probs {reason}"):
+        rlx.run(**of(algo, **ONCE), dry_run=True)
 
 
 def test_the_command_line_trains_with_it(algo, of, tmp_path, capsys):
@@ -268,7 +232,22 @@ def test_the_command_line_trains_with_it(algo, of, tmp_path, capsys):
     words = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert main(["run", *words]) == 0
     assert f"look at it:       rlx show {tmp_path / 'run'}" in capsys.readouterr().out
-    assert [line["step"] for line in left(tmp_path / "run")[1]] == [1]
+    assert [line["step"] for line in Left.by(tmp_path / "run").lines] == [1]
+
+
+# What stands in no paper: how work is cut, and what is switched or weighed by hand.
+PLAIN_OPTIONS = {
+    "num_ppo_epochs", "num_iterations", "num_mini_batches", "loss_weights", "score_clip", "target_kl",
+    "ratio_threshold", "reference_free", "normalize_advantages", "reward_clip_range", "entropy_coef",
+}  # fmt: skip
+
+
+def test_every_option_has_a_meaning_and_a_source(algo):
+    own = list(options(rlx.resolve("algorithm", algo).Config).values())
+    assert own and [one.name for one in own if not one.doc] == []
+    sourced = [one for one in own if one.source]
+    assert [one.name for one in own if one not in sourced and one.name not in PLAIN_OPTIONS] == []
+    assert [one.name for one in sourced if not re.search(r"arXiv:\d{4}\.\d{5}|https?://", one.source)] == []
 
 
 def test_help_lists_its_own_options(algo, capsys):

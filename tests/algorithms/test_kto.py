@@ -235,7 +235,7 @@ def test_options():
         "desirable_weight": 1.0,
         "undesirable_weight": 1.0,
     }
-    assert KTO.defaults["learning_rate"] == 1e-6 and kto().needs == {"reference"}
+    assert KTO.defaults["learning_rate"] == 1e-6 and kto().needs == {"reference", "mismatched"}
     for wrong in ({"beta": 0}, {"loss_type": "bco"}, {"desirable_weight": 0}, {"undesirable_weight": -1}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             build(KTOConfig, wrong, owner="algorithm kto")

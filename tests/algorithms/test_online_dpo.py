@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,20 @@ def test_missing_eos_penalty_and_rewards_of_tokens_decide(rollouts, alone):
     assert online(missing_eos_penalty=0.5).prepare(batch, alone()).reference[0] == batch.reference[1]
     batch = rollouts([1, 2], [0.0, 0.0], [0, 0], token_scores=[0.5, 0.5, 0.5])
     assert online().prepare(batch, alone()).sequences.counts.tolist() == [2, 1]
+
+
+def test_what_a_judge_says_decides_in_the_place_of_rewards(rollouts, alone):
+    reference = [-1.0, -2, -3, -4, -5, -6]
+    batch = rollouts([1] * 6, [9.0, 0, 9, 0, 9, 0], [0, 0, 1, 1, 2, 2], reference=reference)
+    # The judge: against the reward, with it, and no verdict at all: then there is no pair.
+    pairs = online().prepare(replace(batch, wins=torch.tensor([0.0, 1, 1, 0, NAN, NAN])), alone())
+    assert pairs.reference.tolist() == [-2, -1, -3, -4]
+    assert pairs.metrics["pairs/reward_gap"].tolist() == [1, 1]
+    cut = replace(
+        batch, wins=torch.tensor([0.0, 1, 1, 0, 1, 0]), finished=torch.tensor([True, False] + [True] * 4)
+    )
+    punished = online(missing_eos_penalty=1.5).prepare(cut, alone())
+    assert punished.reference.tolist() == [-1, -2, -3, -4, -5, -6]
 
 
 def test_a_batch_without_a_pair(rollouts, alone):

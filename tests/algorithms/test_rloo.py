@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
-from rlx.algorithms.rloo import RLOO, RLOOConfig, leave_one_out
+from rlx.algorithms.rloo import RLOO, RLOOConfig
 from rlx.core.batch import Scores
 from rlx.core.errors import ConfigError
 from rlx.core.options import options
+from rlx.core.policy_gradient import leave_one_out
 
 NAN = math.nan
 

@@ -38,15 +38,16 @@ def make_run(tmp_path):
 
     def make(**options: Any) -> Any:
         config = from_mapping({"algo": "ppo", "reward": ["exact_match"], **options})
-        folder = RunFolder.create(tmp_path / "run")
+        folder = RunFolder.create(tmp_path / f"run-{len(folders)}" if folders else tmp_path / "run")
         folders.append(folder)
         said: list[str] = []
         run = SimpleNamespace(
             config=config, folder=folder, global_step=10, total_steps=45, metrics_history=[], rollouts=None,
             evaluated=None, is_main=True, printers=[said.append], said=said,
-            policy=SimpleNamespace(model=object()),
+            policy=SimpleNamespace(model=object()), final_checkpoint=None, eval_data=None, stop_reason="",
         )  # fmt: skip
         run.say = lambda line: run.printers[-1](line)
+        run.stop = lambda reason: setattr(run, "stop_reason", run.stop_reason or reason)
         return run
 
     yield make

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from rlx.callbacks.completions import LogCompletions, samples
+from rlx.callbacks.completions import LogCompletions
+from rlx.core.samples import samples
 
 
 @pytest.mark.parametrize("limit,written", [(0, 0), (2, 2), (-1, 3), (8, 3)])
@@ -18,7 +19,7 @@ def test_as_many_samples_are_written_as_asked(make_run, rollouts, limit, written
         assert [line["score"] for line in lines] == [1.0, None, 0.5]
         assert lines[0] == {
             "step": 3, "prompt": "What is 3 + 4?", "completion": "a", "score": 1.0,
-            "rewards": {"exact_match": 1.0}, "finished": True,
+            "rewards": {"exact_match": 1.0}, "finished": True, "row": 0, "data": {}, "completion_ids": [3],
         }  # fmt: skip
 
 

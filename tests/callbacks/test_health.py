@@ -44,7 +44,7 @@ def test_every_check_has_a_case():
     assert set(SICK) == set(CHECKS)
 
 
-@pytest.mark.parametrize("name", SICK)
+@pytest.mark.parametrize("name", SICK, ids=lambda name: f"fault[W5] {name}" if name == "unscorable" else name)
 def test_each_hint_comes_after_enough_lines_in_a_row_and_only_once(make_run, name):
     run, health, lines = make_run(), Health(None), CHECKS[name].lines
     log(health, run, 1)

@@ -47,7 +47,7 @@ def test_the_reward_plot_holds_training_and_held_out_rewards_without_nan(tmp_pat
 
 def test_only_scores_are_drawn_as_rewards():
     line = {"reward": 1.0, "reward/a": 1.0, "reward/std": 0.1, "reward/unscorable": 0.0}
-    timed = {"reward/a/seconds": 0.01, "reward/a/errors": 0.0}
+    timed = {"reward/a/seconds": 0.01, "reward/a/errors": 0.0, "reward/a/undecided": 0.5}
     assert plots._single_rewards([line | timed]) == []
     both = plots._single_rewards([line | timed | {"reward/b": 0.5, "reward/b/seconds": 0.02}])
     assert both == ["reward/a", "reward/b"]

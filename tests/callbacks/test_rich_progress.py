@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import math
 import re
-import subprocess
+import signal
 import sys
 
 import pytest
@@ -16,18 +16,6 @@ LINE = {"step": 10, "reward": 0.71, "kl": 0.02, "eval/reward": 0.5, "tokens_per_
 OURS = re.compile(
     r"\x1b\[[0-9;]*[mABCDHJKhl]|\x1b\[\?25[hl]"
 )  # what rich itself sends: colours, cursor, erase
-HOSTILE = [
-    "[/INST] done", "[bold]x[/bold]", "[link=http://evil]x[/link]", "[red]", "[/]", "[[", "\\[bold]",
-    ":smile:",
-    ":warning:",
-    "\x1b[2J", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\x", "\x9b2J", "\x9d0;x\x9c",
-    "\x90q\x9c",
-    "\x07", "\x08\x08\x08", "a\rb", "a\nb", "a\r\nERROR training failed", "\x7f", "\x00", "\x0e\x0f", "\x85",
-    "\u202eabc", "\u2066abc\u2069", "\u200b\u200d\ufeff", "\ud800", "e" + "\u0301" * 50, "\u2028x\u2029",
-    "x" * 10_000, "\t" * 50, "\x1b", "\x1b[", "\x1b[31mred", "\x1bc", "\x1b(0", "\x1bPq#0\x1b\\",
-    "\x1b_G\x1b\\",
-    "\x1b^x\x1b\\", "日本語" * 40, "🏳️‍🌈" * 30, "",
-]  # fmt: skip
 
 
 def console(**changes) -> Console:
@@ -49,12 +37,8 @@ def shown(run, samples) -> str:
     return terminal.file.getvalue()
 
 
-def test_there_are_enough_hostile_strings():
-    assert len(HOSTILE) >= 40
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: f"fault[S14]-{text[:12]!r}")
-def test_no_sample_sends_the_terminal_anything_of_its_own(make_run, text):
+def test_no_sample_sends_the_terminal_anything_of_its_own(make_run, hostile_text):
+    text = hostile_text
     run = make_run()
     run.metrics_history = [LINE]
     out = shown(run, [(text, text, 0.5)])
@@ -78,7 +62,7 @@ def test_a_line_that_is_said_while_the_panel_lives_cannot_control_the_terminal(m
     run, progress, terminal = make_run(), RichProgress(None), console()
     progress.open(run, terminal)
     run.say("hint: \x1b[2J[bold]evil[/bold]\r\x07")
-    progress.close(run)
+    progress.shut(run)
     out = terminal.file.getvalue()
     assert "\\x1b[2J[bold]evil[/bold]\\r\\x07" in out and "\x1b[2J" not in out and "\x07" not in out
 
@@ -118,33 +102,76 @@ def test_the_terminal_is_always_given_back(make_run, end):
     else:
         progress.on_run_end(run)
         if end == "close twice":
-            progress.close(run)
+            progress.shut(run)
     assert "\x1b[?25h" in terminal.file.getvalue()  # the cursor is back
     assert (sys.stdout, sys.stderr, run.printers) == (stdout, stderr, printers)
 
 
-@pytest.mark.parametrize("error", ["raise KeyboardInterrupt", "raise RuntimeError('x')", "pass"])
-def test_a_process_that_ends_in_any_way_leaves_the_cursor_on(error):
-    code = f"""
-import types
-from rich.console import Console
+STUB = """
+import time
+from types import SimpleNamespace as s
 from rlx.callbacks.rich_progress import RichProgress
-s = types.SimpleNamespace
-run = s(config=s(settings=s(algo='ppo', model='m', dataset='d')), folder=s(path='x'), global_step=0,
-        total_steps=1, metrics_history=[], evaluated=None, printers=[print])
-RichProgress(None).open(run, Console(force_terminal=True))
-{error}
+settings = s(algo='ppo', model='m', dataset='d', progress='auto')
+run = s(config=s(settings=settings), folder=s(path='x'), global_step=0, total_steps=1, metrics_history=[],
+        evaluated=None, is_main=True, printers=[print], said=[])
+run.say = lambda line: run.printers[-1](line)
+progress = RichProgress(None)
+progress.on_run_start(run)
+progress.on_log(run, {'step': 0, 'eval/reward': 0.25})
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    assert out.count("\x1b[?25l") == 1 and out.rindex("\x1b[?25h") > out.index("\x1b[?25l")
+
+
+@pytest.mark.parametrize(
+    ("end", "sent", "code"),
+    [
+        ("progress.on_run_end(run)", None, 0),
+        ("raise RuntimeError('x')", None, 1),
+        ("pass", None, 0),
+        ("time.sleep(60)", signal.SIGINT, -signal.SIGINT),
+        ("time.sleep(60)", signal.SIGTERM, -signal.SIGTERM),
+    ],
+    ids=["end", "exception", "left", "SIGINT", "SIGTERM"],
+)
+def test_a_process_that_ends_in_any_way_gives_the_terminal_back(on_a_terminal, end, sent, code):
+    shown, left = on_a_terminal([sys.executable, "-c", STUB + end], b"\x1b[?25l", sent)
+    assert left.code == code
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+    assert "\x1b[?1049h" not in shown and left.attributes[0] == left.attributes[1]
+
+
+@pytest.mark.parametrize("surroundings", [{"TERM": "dumb"}, {"TERM": "unknown"}], ids=lambda env: env["TERM"])
+def test_a_terminal_that_can_do_nothing_gets_plain_lines(on_a_terminal, surroundings):
+    shown, left = on_a_terminal([sys.executable, "-c", STUB], **surroundings)
+    assert shown == "step 0/1  eval/reward 0.25  [0:00<?]\r\n" and left.code == 0
+
+
+def test_the_handler_of_sigterm_is_only_borrowed(make_run):
+    run, progress = make_run(), RichProgress(None)
+    before = signal.getsignal(signal.SIGTERM)
+    progress.open(run, console())
+    assert (signal.getsignal(signal.SIGTERM) is not before) == (before is signal.SIG_DFL)
+    progress.shut(run)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+    def mine(signum, frame):
+        raise AssertionError
+
+    signal.signal(signal.SIGTERM, mine)
+    try:
+        progress.open(run, console())
+        assert signal.getsignal(signal.SIGTERM) is mine
+        progress.shut(run)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("columns", [1, 10, 40])
-def test_a_narrow_terminal_or_another_encoding_breaks_nothing(make_run, columns, rollouts):
+def test_a_narrow_terminal_or_another_encoding_breaks_nothing(make_run, columns, rollouts, hostile):
     run = make_run()
     run.metrics_history = [LINE, LINE]
     progress = RichProgress(None)
-    progress._samples = rich_progress.pick_samples(rollouts(HOSTILE))
+    progress._samples = rich_progress.pick_samples(rollouts(list(hostile.values())))
     terminal = console(width=columns)
     terminal.print(progress.panel(run, terminal))
     narrow = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict"), width=80)

@@ -20,7 +20,7 @@ from rlx.core.commands.show import summary
 from rlx.core.errors import ConfigError
 from rlx.core.help import run_help
 from rlx.core.options import options
-from rlx.core.settings import Settings
+from rlx.core.settings import READ_BY, Settings
 from rlx.core.yaml_file import parse_config, read_config
 
 JOB = ("--algo", "ppo", "--reward", "exact_match")
@@ -105,7 +105,10 @@ def test_help_shows_every_option_of_the_chosen_algorithm_and_components():
     assert "--[no-]whiten-advantages" in shown["Algorithm ppo"]
     assert {"--length.target", "--length.penalty"} <= set(shown["Reward length"])
     flat = {flag.replace("[no-]", "") for panel in shown.values() for flag in panel}
-    assert {f"--{name}".replace("_", "-") for name in options(Settings)} <= flat
+    every = {name for name in options(Settings) if "prompts" in READ_BY.get(name, ("prompts",))}
+    assert {f"--{name}".replace("_", "-") for name in every} == flat & {
+        f"--{name}".replace("_", "-") for name in options(Settings)
+    }
 
 
 def test_help_shows_the_defaults_that_the_run_would_have():
@@ -135,8 +138,29 @@ def test_help_leaves_out_what_means_nothing_for_the_algorithm():
 
     shown = panels(algo=Imitate)
     assert "Sampling" not in shown and "--reward" not in shown["Components"]
-    assert not {"--value-model", "--reference-model"} & set(shown["Model"])
+    assert not {"--value-model", "--reference-model", "--[no-]sync-ref-model"} & set(shown["Model"])
     assert shown["Algorithm Imitate"] == {"--[no-]pack-short": ""}
+
+
+@pytest.mark.parametrize(
+    ("algo", "moves", "precomputes", "packs"),
+    [
+        ("ppo", True, False, False),
+        ("grpo", True, False, False),  # without a reference by default, with one at beta above 0
+        ("dpo", True, True, False),
+        ("kto", True, False, False),
+        ("orpo", False, False, False),
+        ("sft", False, False, True),
+    ],
+)
+def test_help_shows_no_option_that_the_algorithm_refuses(algo, moves, precomputes, packs):
+    flags = {flag.replace("[no-]", "") for panel in panels(algo=algo).values() for flag in panel}
+    for flag, shown in (
+        ("--sync-ref-model", moves), ("--ref-model-sync-steps", moves), ("--reference-model", moves),
+        ("--precompute-ref-log-probs", precomputes), ("--packing", packs),
+        ("--max-length", algo not in ("ppo", "grpo")),
+    ):  # fmt: skip
+        assert (flag in flags) is shown, flag
 
 
 def test_help_of_an_unknown_algorithm_is_an_error(rlx):
@@ -260,6 +284,20 @@ def test_reward_try(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "0"]
     assert "\x1b" not in "".join(lines)
+
+
+def test_reward_try_lets_the_reward_give_back_what_it_holds(tmp_path, capsys):
+    (tmp_path / "held.py").write_text(
+        "import rlx\n"
+        "class Held(rlx.Reward):\n"
+        "    def __call__(self, *, completions, **columns):\n"
+        "        return [float(text) for text in completions]\n"
+        "    def close(self):\n"
+        "        print('closed')\n"
+    )
+    words = ["reward", "try", f"{tmp_path}/held.py:Held", "--prompt", "x", "--completion"]
+    assert main([*words, "1"]) == 0 and "closed" in capsys.readouterr().out
+    assert main([*words, "none"]) == 6 and "closed" in capsys.readouterr().out
 
 
 def test_reward_try_names_a_missing_column(capsys):

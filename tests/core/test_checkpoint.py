@@ -318,6 +318,15 @@ def test_keeping_all_and_steps_below_older_ones(tmp_path):
     assert steps(tmp_path) == [5, 30]
 
 
+def test_a_protected_checkpoint_stays_and_counts(tmp_path):
+    def protecting(step: int, keep: int) -> list[int]:
+        checkpoint.write(tmp_path, step, fill, identity={}, keep=keep, protected={2})
+        return steps(tmp_path)
+
+    assert [protecting(step, 2) for step in (1, 2, 3, 4)] == [[1], [1, 2], [2, 3], [2, 4]]
+    assert protecting(5, 1) == [2, 5]  # and the newest stays as well
+
+
 @pytest.mark.parametrize("fault", [pytest.param("R27", id="fault[R27]")])
 def test_newest_goes_by_the_step_in_the_manifest_and_not_by_time_or_name(tmp_path, fault):
     for step in (9, 10, 100):

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlx.core.config import RunConfig, from_mapping, parse_arguments
@@ -484,6 +484,38 @@ def test_flags_in_all_their_forms():
     assert where["learning_rate"] == "--learning-rate" and where["shuffle"] == "--no-shuffle"
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--gradient-checkpointing", True),
+        ("--gradient-checkpointing --plots", True),
+        ("--gradient-checkpointing true", True),
+        ("--gradient-checkpointing=off", False),
+        ("--no-gradient-checkpointing", False),
+        ("--gradient-checkpointing auto", "auto"),
+        ("", "auto"),
+    ],
+)
+def test_a_switch_that_may_be_left_to_the_run(words, expected):
+    config = flags("--reward", "exact_match", *words.split())
+    assert config.settings.gradient_checkpointing is expected
+    assert reloaded(config).settings.gradient_checkpointing is expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("true", True), ("no", False), ('"true"', True), ("auto", "auto")]
+)
+def test_such_a_switch_in_a_file(written, expected):
+    values, where = parse_config(f"{{reward: exact_match, gradient_checkpointing: {written}}}", "file")
+    assert from_mapping(values, where).settings.gradient_checkpointing is expected
+
+
+def test_a_switch_leaves_other_words_alone():
+    assert parse_arguments(["--gradient-checkpointing", "config.yaml"])[2] == ["config.yaml"]
+    [problem] = problems({**BASE, "gradient_checkpointing": "maybe"}, {})
+    assert problem.expected == "auto | true | false"
+
+
 def test_flags_of_the_algorithm(registered):
     config = flags(
         "--algo", "sum", "--reward", "target", "--loud", "--names", "a", "--names", "b", "--beta", "1e-1"
@@ -506,6 +538,7 @@ def test_a_negative_number_is_a_value():
         (["--seed", "1", "--seed", "2"], "--seed is given twice"),
         (["--columns", "prompt"], "--columns prompt: no mapping"),
         (["--no-seed"], "--no-seed: seed is no switch"),
+        (["--loss-weights", "1", "0.5"], "'0.5' after --loss-weights is neither its value nor a config file"),
     ],
 )
 def test_flags_that_are_wrong(words, message):
@@ -540,6 +573,7 @@ numbers = st.floats(min_value=1e-12, max_value=1e12, allow_nan=False)
 texts = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Zl", "Zp")), max_size=20)
 
 
+@settings(max_examples=50)
 @given(
     learning_rate=numbers,
     beta=numbers,
@@ -569,6 +603,18 @@ def test_any_config_loads_back(
     assert again.settings == dataclasses.replace(config.settings, reward=again.settings.reward)
 
 
+def test_a_stray_word_may_be_too_long_for_a_file_name():
+    with pytest.raises(ConfigError, match="after --loss-weights is neither"):
+        parse_arguments(["--loss-weights", "1", "x" * 5000])
+
+
+def test_a_path_from_python_is_its_text(tmp_path):
+    config = from_mapping({**BASE, "output_dir": tmp_path / "run", "model": tmp_path / "model"})
+    assert config.settings.output_dir == f"{tmp_path}/run" and config.settings.model == f"{tmp_path}/model"
+    again, where = parse_config(config.to_yaml(), "config.yaml")
+    assert from_mapping(again, where).settings == config.settings
+
+
 def test_secrets_are_not_written():
     config = from_mapping({**BASE, "dataset": "https://me:hunter2@host/data.jsonl"})
     assert "hunter2" not in config.to_yaml()  # fault[S17]
@@ -583,18 +629,19 @@ def test_objects_are_written_as_references_or_marked():
 # The surface
 
 CORE_FLAGS = """
-algo reward reward_weight reward_on_error reward_error_value transform callback generator no_plugin
-strict_plugins model model_revision tokenizer trust_remote_code dtype attn_implementation reference_model
-reference_adapter value_model value_learning_rate gradient_checkpointing upcast_norms generation_dtype
-disable_dropout lora_r lora_alpha lora_dropout lora_target_modules adapter dataset dataset_config
-dataset_split eval_dataset columns system_prompt chat_template precompute_ref_log_probs max_prompt_length
-prompt_overflow max_length truncation_mode packing packing_strategy completion_only_loss assistant_only_loss
-on_bad_row max_bad_rows max_rows max_eval_rows shuffle max_completion_length temperature top_p top_k min_p
-repetition_penalty stop_strings generation_batch_size recompute_logps learning_rate batch_size
-per_device_train_batch_size gradient_accumulation_steps max_tokens_per_micro_batch max_steps num_train_epochs
+algo reward reward_weight reward_on_error reward_error_value overlap_rewards judge transform callback
+generator no_plugin strict_plugins model model_revision tokenizer trust_remote_code dtype attn_implementation
+reference_model reference_adapter sync_ref_model ref_model_mixup_alpha ref_model_sync_steps value_model
+value_learning_rate gradient_checkpointing upcast_norms generation_dtype disable_dropout lora_r lora_alpha
+lora_dropout lora_target_modules adapter dataset dataset_config dataset_split eval_dataset columns
+system_prompt chat_template precompute_ref_log_probs max_prompt_length prompt_overflow max_length
+truncation_mode packing packing_strategy completion_only_loss assistant_only_loss on_bad_row max_bad_rows
+max_rows max_eval_rows shuffle max_completion_length temperature top_p top_k min_p repetition_penalty
+stop_strings generation_batch_size recompute_logps learning_rate batch_size per_device_train_batch_size
+gradient_accumulation_steps max_tokens_per_micro_batch share_prefix max_steps num_train_epochs
 lr_scheduler_type warmup_steps warmup_ratio optim adam_beta1 adam_beta2 adam_epsilon weight_decay
 max_grad_norm nonfinite mixed_precision seed output_dir overwrite_output_dir logging_steps eval_steps
-save_steps save_total_limit log_completions report_to plots progress
+save_steps save_total_limit log_completions report_to track_completions plots progress
 """.split()
 
 

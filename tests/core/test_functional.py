@@ -164,3 +164,10 @@ def test_group_sums_and_sizes_go_by_number_not_by_adjacency():
     groups = torch.tensor([7, 3, 7, 3, 3])
     assert F.group_sum(torch.tensor([1.0, 10.0, 2.0, 20.0, 30.0]), groups).tolist() == [3, 60, 3, 60, 60]
     assert F.group_size(groups).tolist() == [2, 3, 2, 3, 3]
+
+
+def test_gather_rows_of_one_process_is_what_it_was_given():
+    values = torch.arange(6.0).view(3, 2)
+    found, first = F.gather_rows(values, F.alone)
+    assert torch.equal(found, values) and first == 0
+    assert F.gather_rows(values[:0], F.alone)[0].shape == (0, 2)

@@ -6,26 +6,31 @@ import logging
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
     Lfm2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    MptConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
-from rlx.core import decoding, generation, kv_cache
+from rlx.core import decode_loop, decoding, generation, kv_cache
 from rlx.core.errors import ConfigError, DataError, DivergedError
 from rlx.core.generation import generate
-from rlx.plugins.contract import Generator, NoOptions, Sampling
+from rlx.plugins.contract import Generator, Sampling
 from rlx.plugins.generators.native import Native
 from rlx.plugins.generators.plain import Plain
+from rlx.plugins.telling import Complete
 
 BASE = dict(vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 GQA = dict(BASE, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=None)
@@ -121,7 +126,7 @@ def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(name, monkeypatch
     for size in (1, 2, 5):
         assert generate(model, PROMPTS, 3, sampling, seeds, batch_size=size).ids == together.ids
     for threshold in (0.0, 1.0):
-        monkeypatch.setattr(decoding, "COMPACT_AT", threshold)
+        monkeypatch.setattr(decode_loop, "COMPACT_AT", threshold)
         assert generate(model, PROMPTS, 3, sampling, seeds).ids == together.ids
     plain = generate(model, PROMPTS, 3, sampling, seeds, plain=True)
     assert (plain.ids, plain.finished) == (together.ids, together.finished)
@@ -148,8 +153,103 @@ def test_finished_rows_leave_the_batch(llama, monkeypatch):
     live = [sum(len(ids) > step for ids in done.ids) for step in range(len(rows))]
     assert rows[0] == 32 and rows[-1] < 16
     assert all(
-        alive <= row <= alive / (1 - decoding.COMPACT_AT) for row, alive in zip(rows, live, strict=True)
+        alive <= row <= alive / (1 - decode_loop.COMPACT_AT) for row, alive in zip(rows, live, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "bloom", "mistral", "gemma3"])
+def test_samples_that_wait_take_the_places_of_those_that_ended(name, monkeypatch):
+    model, joined = build(name), []
+    join = decode_loop.join
+    monkeypatch.setattr(decode_loop, "join", lambda *given: (joined.append(given[2][1]), join(*given))[1])
+    sampling, seeds = Sampling(NEW, stop_token_ids=tuple(range(12))), [11, 12, 13, 14]
+    whole = generate(model, PROMPTS, 5, sampling, seeds)
+    assert not joined
+    lengths = {len(ids) for ids in whole.ids}
+    assert NEW in lengths and len(lengths) > 4  # some are cut, the others end at different times
+    for size in (1, 2, 3, 7):
+        joined.clear()
+        done = generate(model, PROMPTS, 5, sampling, seeds, batch_size=size)
+        assert (done.ids, done.finished) == (whole.ids, whole.finished)
+        for mine, theirs in zip(done.logprobs, whole.logprobs, strict=True):
+            torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), atol=1e-5, rtol=1e-5)
+        places = [int(sample) for rows in joined for sample in rows.samples]
+        if name in ("mistral", "gemma3"):  # their windows cannot be put together
+            assert not places
+        else:
+            assert len(set(places)) == len(places) == 20 - size
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "mpt"])
+def test_rows_that_joined_stay_within_the_positions_of_the_model(name):
+    """An ended row, or padding, must not go on to positions, or columns, that the model does not have."""
+    longest = len(PROMPTS[0]) + NEW
+    small = dict(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=longest)
+    mpt = MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4, max_seq_len=longest)
+    configs = {"gpt2": GPT2Config(**small), "gptj": GPTJConfig(**small, rotary_dim=4), "mpt": mpt}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configs[name]).eval()
+    sampling = Sampling(NEW, stop_token_ids=tuple(range(8)))
+    whole = generate(model, PROMPTS[:1], 60, sampling, [1])
+    for size in (7, 8, 16):
+        done = generate(model, PROMPTS[:1], 60, sampling, [1], batch_size=size)
+        assert (done.ids, done.finished) == (whole.ids, whole.finished)
+
+
+def test_a_full_batch_stays_full_while_samples_wait(llama, monkeypatch):
+    sampling, seeds = Sampling(NEW, stop_token_ids=tuple(range(12))), [11, 12, 13, 14]
+    rows, draw = [], decoding.Run.draw
+    monkeypatch.setattr(decoding.Run, "draw", lambda *args: (rows.append(len(args[1].live)), draw(*args))[1])
+    done = generate(llama, PROMPTS, 16, sampling, seeds, batch_size=16)
+    steps, work = len(rows), sum(rows)
+    rows.clear()
+    monkeypatch.setattr(decode_loop, "REFILL_AT", 1.0)  # only an empty batch is filled
+    assert generate(llama, PROMPTS, 16, sampling, seeds, batch_size=16).ids == done.ids
+    assert steps < 0.75 * len(rows)
+    assert work < 1.2 * sum(map(len, done.ids))
+
+
+@pytest.mark.parametrize("stop", [{"stop_strings": ("zz",)}, {"repetition_penalty": 1.3}])
+def test_nobody_joins_where_the_past_is_looked_at(stop, llama, monkeypatch):
+    monkeypatch.setattr(decode_loop, "join", lambda *given: pytest.fail("joined"))
+    monkeypatch.setattr("rlx.core.sampling._stop_strings", lambda *given: lambda ids, scores: ids[:, -1] == 3)
+    sampling = Sampling(NEW, stop_token_ids=(5, 6), **stop)
+    whole = generate(llama, PROMPTS, 3, sampling, [1, 2, 3, 4])
+    done = generate(llama, PROMPTS, 3, sampling, [1, 2, 3, 4], batch_size=4)
+    assert (done.ids, done.finished) == (whole.ids, whole.finished)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "bloom", "qwen3"])
+def test_prompts_of_like_length_are_computed_together(name, monkeypatch):
+    model, shapes = build(name), []
+    sampling, seeds = Sampling(NEW, stop_token_ids=tuple(range(8))), [11, 12, 13, 14]
+    prompts = [PROMPTS[0], [7] * 10, PROMPTS[1], PROMPTS[3]]
+    together = generate(model, prompts, 2, sampling, seeds)
+    forward = decoding.Door.__call__
+
+    def spy(door, ids, positions, mask, *rest, **more):
+        shapes.append((*ids.shape, mask is not None))
+        return forward(door, ids, positions, mask, *rest, **more)
+
+    monkeypatch.setattr(decoding.Door, "__call__", spy)
+    monkeypatch.setattr(decode_loop, "LEAST_PADDING", 1)
+    monkeypatch.setattr(decode_loop, "PADDING", 0.06)
+    done = generate(model, prompts, 2, sampling, seeds)
+    assert shapes[:3] == [(1, 3, False), (2, 10, True), (1, 11, False)]
+    assert (done.ids, done.finished) == (together.ids, together.finished)
+    for mine, theirs in zip(done.logprobs, together.logprobs, strict=True):
+        torch.testing.assert_close(torch.tensor(mine), torch.tensor(theirs), atol=1e-5, rtol=1e-5)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.sampled_from([100, 512, 2048]))
+def test_buckets_hold_every_prompt_once_with_little_padding(lengths, most):
+    lengths.sort()
+    found = decode_loop.buckets(lengths, most)
+    assert [length for bucket in found for length in lengths[bucket]] == lengths
+    for bucket in found:
+        size, real = len(lengths[bucket]) * lengths[bucket][-1], sum(lengths[bucket])
+        assert size <= most or len(lengths[bucket]) == 1
+        assert size - real <= max(decode_loop.LEAST_PADDING, decode_loop.PADDING * real)
 
 
 def test_repetition_penalty_equals_generate_and_ignores_padding(llama):
@@ -213,6 +313,27 @@ def test_an_unknown_cache_falls_back_to_generate_and_says_so_once(llama, monkeyp
     assert len(said) == 1
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_virtual_tokens_stand_before_the_prompt_once(kind, plain, caplog):
+    import peft
+
+    adapter = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build("llama"), adapter).eval()
+    generation.say_fallback.cache_clear()
+    with caplog.at_level(logging.WARNING, logger=generation.__name__):
+        done = generate(model, PROMPTS, 2, Sampling(NEW), [1, 2, 3, 4], plain=plain)
+    assert [line.split(" has ")[0] for line in caplog.messages if " has " in line] == (
+        [] if plain else ["LlamaForCausalLM with virtual tokens"]
+    )
+    for sample, (ids, logps) in enumerate(zip(done.ids, done.logprobs, strict=True)):
+        sequence = torch.tensor([PROMPTS[sample // 2] + ids])
+        with torch.no_grad():
+            wanted = model(input_ids=sequence).logits[0, -NEW - 1 : -1].log_softmax(-1)
+        wanted = wanted.gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logps), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_progress_counts_every_completion(llama):
     seen: list[tuple[int, int]] = []
     generate(
@@ -227,11 +348,24 @@ def test_progress_counts_every_completion(llama):
     assert seen[-1] == (8, 8) and seen == sorted(set(seen))
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("plain", [False, True])
+def test_each_completion_is_told_once_as_it_is_returned(llama, plain, batch_size):
+    calls: list[list[Complete]] = []
+    options = {"plain": plain, "batch_size": batch_size, "on_complete": calls.append}
+    done = generate(llama, PROMPTS, 4, Sampling(NEW, stop_token_ids=(1, 2)), [5, 6, 7, 8], **options)
+    told = {one.prompt * 4 + one.completion: one for call in calls for one in call}
+    assert len(calls) > 2 and sum(map(len, calls)) == len(told) == 16
+    assert [told[place].ids for place in range(16)] == done.ids
+    assert [told[place].finished for place in range(16)] == done.finished
+    assert True in done.finished and False in done.finished
+
+
 @pytest.mark.parametrize("kind", [Native, Plain])
 def test_generators_keep_the_protocol(kind, llama):
     from types import SimpleNamespace
 
-    generator = kind(NoOptions())
+    generator = kind(kind.Config())
     assert isinstance(generator, Generator)
     with pytest.raises(RuntimeError, match="sync"):
         generator.generate(PROMPTS, 1, Sampling(2), [0] * 4)
@@ -325,6 +459,16 @@ def test_logits_that_are_not_finite_stop_the_run(poison, plain):
     hook.remove()
     assert caught.value.exit_code == 7 and caught.value.where == "prompt 0, completion 2 of 3"
     assert generate(model, [[5, 9]], 3, Sampling(NEW), [7], plain=plain).ids  # without the poison it passes
+
+
+def test_the_first_sample_is_told_with_its_own_token(llama):
+    """Rows that joined others are at other tokens than they."""
+    run = decoding.Run(decoding.Door(llama, llama), [[5, 9], [7, 8]], 1, Sampling(NEW), [1, 2], None, None)
+    rows, index = run.rows([0, 1])
+    rows = run.expand(rows, index, [1, 0])
+    rows.steps = torch.tensor([2, 6])
+    with pytest.raises(DivergedError, match=r"at token 6 \(sample 0\)"):
+        run.draw(rows, torch.full((2, 96), torch.nan))
 
 
 BAD = [("temperature", 0.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1), ("top_k", 97),

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from rlx.core import memory
 from rlx.core.models import load_policy
 from rlx.core.optim import build_optimizer
 from rlx.core.reference import build_reference
 from rlx.core.settings import Settings
+from rlx.core.values import ValueHead, ValueModel
 
 IDS = torch.arange(3, 19).view(2, 8)
 FACTOR = 1.5
@@ -136,6 +138,23 @@ def test_generation_weights_count_when_they_are_cast(make_folder):
         assert report.parts.get("generation weights", 0) == factor * measured(policy.model.parameters())
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_weights_that_are_laid_out_for_sampling_are_counted(precision):
+    # Queries, keys, values and output 512 x 512 each, three MLP matrices 512 x 1024; the head 4096 x 512: all
+    # above the least number of weights in either type.
+    config = LlamaConfig(hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8,
+                         num_key_value_heads=8, vocab_size=4096, tie_word_embeddings=False)  # fmt: skip
+    model = memory.empty_model(config, Settings(), torch.float32)
+    chosen = Settings(mixed_precision=precision, max_completion_length=16)
+    sizes = {"token_budget": 16, "device": torch.device("cpu")}
+    weights = 4 * 512 * 512 + 3 * 512 * 1024 + 4096 * 512
+    report = memory.estimate(model, chosen, generation_rows=2, **sizes)
+    assert report.sampling["laid-out weights"] == weights * (2 if precision == "bf16" else 4)
+    short = Settings(mixed_precision=precision, max_completion_length=15)
+    assert memory.estimate(model, short, generation_rows=2, **sizes).sampling["laid-out weights"] == 0
+    assert memory.estimate(model, chosen, generation_rows=0, **sizes).sampling["laid-out weights"] == 0
+
+
 def test_training_and_sampling_take_turns():
     report = memory.MemoryReport({"weights": 10}, {"activations": 5}, {"kv cache": 7}, available=8, loaded=10)
     assert report.peak == 17 and report.fits and len(report.lines()) == 1
@@ -155,3 +174,68 @@ def test_the_lines_say_the_parts_and_what_to_make_smaller():
 )
 def test_sizes_are_shown_for_people(size, shown):
     assert memory.show_bytes(size) == shown
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_micro_batch_is_the_largest_power_of_two_that_leaves_a_fifth_free(place, tiny_model, monkeypatch):
+    model, chosen, device = tiny_model(), Settings(), torch.device(place)
+
+    def needed(tokens: int) -> int:
+        # Two layers of 13 states of 16 numbers and 4 of 32, float32; gradients and AdamW; logits of 32 tokens
+        # three times and once more.
+        weights = sum(p.numel() for p in model.parameters()) * 4
+        steps = 4 * len(list(model.parameters()))
+        return 2 * (13 * 16 + 4 * 32) * 4 * tokens + 3 * weights + steps + 4 * 4 * 32 * tokens
+
+    def found(free: float) -> int:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: int(free))
+        return memory.token_budget(model, chosen, device=device, reference="copy")
+
+    # The copy stands already, so that it is no longer among what is free; its bytes are not asked for again.
+    most = {"cpu": 2048, "cuda": 65536}[place]
+    for tokens in (2048, most):
+        assert found(needed(tokens) / 0.8 + 8) == tokens
+        assert found(needed(tokens) / 0.8 - 8) == tokens // 2
+    assert found(1e15) == most and found(0) == 1024
+
+
+def test_tokens_that_are_asked_for_are_not_looked_into(tiny_model, monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    assert memory.token_budget(tiny_model(), Settings(max_tokens_per_micro_batch=99_999)) == 99_999
+
+
+def test_a_value_model_of_its_own_keeps_activations_too(tiny_model):
+    policy, other = tiny_model(), tiny_model(num_hidden_layers=4)
+    value = ValueModel(other.model, ValueHead(16))
+    parts = [
+        memory.estimate(policy, Settings(), token_budget=64, generation_rows=1, value=one).parts[
+            "activations"
+        ]
+        for one in (None, value)
+    ]
+    assert parts[1] == 3 * parts[0]  # two layers and four
+
+
+def test_the_budget_of_a_checkpoint_stays_unless_another_was_asked_for_since():
+    free, asked = Settings(), Settings(max_tokens_per_micro_batch=512)
+    assert memory.kept_budget({"budget": 1024, "asked": None}, free, 4096) == 1024
+    assert memory.kept_budget({"budget": 1024, "asked": None}, asked, 512) == 512
+    assert memory.kept_budget({"budget": 256, "asked": 512}, asked, 512) == 256
+
+
+@pytest.mark.parametrize(("free", "rows"), [(10_000_000, 53), (1000, 1)])
+def test_rows_that_fit_take_half_of_the_free_memory(free, rows, monkeypatch):
+    """Two layers, two heads of keys of 8 numbers, 4 bytes each, 100 tokens: 25,600 bytes of keys and values,
+    twice while they are copied; six float32 tensors of 1750 logits: 42,000. Half of 10 MB holds 53 of 93,200.
+    """
+    from types import SimpleNamespace
+
+    from rlx.core import kv_cache
+
+    config = LlamaConfig(
+        vocab_size=1750, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = SimpleNamespace(config=config, dtype=torch.float32)
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda device: free)
+    assert kv_cache.rows_that_fit(model, 100, torch.device("cpu")) == rows

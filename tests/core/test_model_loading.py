@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from rlx.core.batch import Sequences
 from rlx.core.classify import classify
 from rlx.core.errors import ConfigError
+from rlx.core.model_loading import load_adapted_classifier
 from rlx.core.models import Policy, load_policy
 from rlx.core.settings import Settings
 
@@ -87,3 +88,58 @@ def test_other_missing_weights_are_not_made_up(make_folder: Callable[..., Path],
     save_file(tensors, str(file), metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"model\.norm\.weight"):
         load(folder)
+
+
+@pytest.fixture
+def judge(make_folder: Callable[..., Path], tmp_path: Path) -> Policy:
+    """A classifier whose adapter and score head matter, saved to ``judge``."""
+    policy = load(make_folder(), lora_r=4)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    policy.save_pretrained(tmp_path / "judge")
+    return policy
+
+
+def test_training_goes_on_from_the_adapter_of_a_classifier(judge: Policy, tmp_path: Path) -> None:
+    again = load(tmp_path / "base", adapter=str(tmp_path / "judge"), seed=9)
+    # Weights bit for bit; scores to rounding, which attention backends do each in its own way.
+    torch.testing.assert_close(scores(again), scores(judge), rtol=1e-5, atol=1e-5)
+    assert again.trainable().keys() == judge.trainable().keys()
+    assert all(torch.equal(p, judge.trainable()[name]) for name, p in again.trainable().items())
+    assert f"score head: from {tmp_path / 'judge'}" in again.report
+    frozen = load_adapted_classifier(tmp_path / "judge", torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(classify(frozen, SEQUENCES), scores(judge), rtol=1e-5, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@pytest.mark.parametrize("_", [pytest.param(0, id="fault[T8] task")])
+def test_an_adapter_must_be_for_the_task(_: int, judge: Policy, tmp_path: Path) -> None:
+    base = str(tmp_path / "base")
+    load_policy(Settings(model=base, lora_r=4)).save_pretrained(tmp_path / "writer")
+    with pytest.raises(ConfigError, match="another task") as caught:
+        load(Path(base), adapter=str(tmp_path / "writer"))
+    assert (caught.value.got, caught.value.expected) == ("CAUSAL_LM", "SEQ_CLS")
+    assert "merge it" in caught.value.hint and caught.value.exit_code == 2
+    with pytest.raises(ConfigError, match="another task") as caught:
+        load_policy(Settings(model=base, adapter=str(tmp_path / "judge")))
+    assert (caught.value.got, caught.value.expected) == ("SEQ_CLS", "CAUSAL_LM")
+    assert "--algo reward" in caught.value.hint and "lora:" in caught.value.hint
+
+
+@pytest.mark.parametrize("_", [pytest.param(0, id="fault[T10] adapter")])
+def test_an_adapter_without_a_head_of_one_score_is_refused(_: int, judge: Policy, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "judge" / "adapter_model.safetensors"
+    tensors = load_file(str(file))
+    head = tensors.pop("base_model.model.score.weight")
+    save_file(tensors, str(file), metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="no score head"):
+        load(tmp_path / "base", adapter=str(tmp_path / "judge"))
+    tensors["base_model.model.score.weight"] = head.repeat(3, 1)
+    save_file(tensors, str(file), metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="no single score") as caught:
+        load(tmp_path / "base", adapter=str(tmp_path / "judge"))
+    assert caught.value.got == "3 labels" and caught.value.exit_code == 2

@@ -18,6 +18,7 @@ def option(kind: Any, default: Any = None, **more: Any) -> Option:
     return Option("x", kind, default, "doc", **more)
 
 
+SWITCH = Literal["auto", True, False]
 PARSED = [
     (float, "1e-5", 1e-5), (float, 3, 3.0), (float, "1_000.5", 1000.5), (float, "-2", -2.0),
     (int, "7", 7), (int, "1e3", 1000), (int, 5.0, 5), (int, "1_000", 1000),
@@ -33,6 +34,9 @@ PARSED = [
     (dict, {"a": Plain("3")}, {"a": 3}),
     (Literal["a", "b"], "b", "b"), (Literal[1, 2], "2", 2), (Any, Plain("1e-5"), 1e-5), (Any, "1e-5", "1e-5"),
     (list[str] | None, ["a"], ["a"]),
+    *((SWITCH, given, True) for given in (True, "true", Plain("True"), "yes", Plain("on"), Plain("1"))),
+    *((SWITCH, given, False) for given in (False, "false", Plain("no"), "off")),
+    (SWITCH, "auto", "auto"), (SWITCH, Plain("auto"), "auto"), (Literal[0, 1], 1, 1),
 ]  # fmt: skip
 
 
@@ -48,6 +52,7 @@ WRONG = [
     (str, None, "text"), (str, True, "text"), (str, ["a"], "text"),
     (int | None, "x", "whole number or none"), (list[int], "1,x", "whole number"),
     (dict[str, str], "a=b", "mapping"), (Literal["a", "b"], "c", "a | b"), (float, [1.0, 2.0], "number"),
+    (SWITCH, "maybe", "auto | true | false"), (SWITCH, 1, "auto | true | false"), (SWITCH, None, "auto"),
 ]  # fmt: skip
 
 

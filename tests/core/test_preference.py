@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlx.core import functional, policy_gradient
 from rlx.core import preference as P
-from rlx.core.functional import alone
 
 
 def test_sides_and_tokens_of_chosen():
@@ -102,13 +104,6 @@ def test_partners_are_those_of_a_sort(values, random):
     assert [partner for _, partner in pairs] == pytest.approx(sorted(others))
 
 
-def test_gather_rows_of_one_process_is_what_it_was_given():
-    values = torch.arange(6.0).view(3, 2)
-    rows, first = P.gather_rows(values, alone)
-    assert torch.equal(rows, values) and first == 0
-    assert P.gather_rows(values[:0], alone)[0].shape == (0, 2)
-
-
 def test_comparison_metrics_by_hand():
     chosen, rejected = torch.tensor([1.0, 0.0], requires_grad=True), torch.tensor([0.0, 0.0])
     got = P.comparison_metrics(chosen, rejected)
@@ -119,3 +114,80 @@ def test_comparison_metrics_by_hand():
         "rewards/accuracies": [1, 0],  # a tie is not right
     }
     assert not any(values.requires_grad for values in got.values())
+
+
+# Log-probs of two chosen and of two rejected completions.
+PAIR = torch.tensor([-1.0, -0.5]), torch.tensor([-2.0, -0.25])
+
+
+def sigma(x):
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "term"),
+    [
+        ("sigmoid", {}, lambda c, r: -math.log(sigma(0.5 * (c - r)))),
+        (
+            "sigmoid",
+            {"smoothing": 0.1},
+            lambda c, r: -0.9 * math.log(sigma((c - r) / 2)) - 0.1 * math.log(sigma((r - c) / 2)),
+        ),
+        ("hinge", {}, lambda c, r: max(0.0, 1 - 0.5 * (c - r))),
+        ("ipo", {}, lambda c, r: (c - r - 1) ** 2),
+        ("simpo", {"gamma": 0.3}, lambda c, r: -math.log(sigma(0.5 * (c - r) - 0.3))),
+        (
+            "sigmoid",
+            {"alpha": 0.2},
+            lambda c, r: (
+                -math.log(sigma(0.5 * ((1 - math.exp(c) ** -0.2) - (1 - math.exp(r) ** -0.2)) / 0.2))
+            ),
+        ),
+    ],
+)
+def test_losses_without_a_reference_by_hand(kind, options, term):
+    got = P.contrastive_loss(kind, *PAIR, beta=0.5, **options)
+    wanted = [term(c, r) for c, r in zip(*(side.tolist() for side in PAIR), strict=True)]
+    torch.testing.assert_close(got, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="sigmoid, hinge, ipo or simpo, not 'sigmoide'"):
+        P.contrastive_loss("sigmoide", *PAIR, beta=1.0)
+
+
+def test_the_odds_ratio_by_hand():
+    loss, odds = P.odds_ratio_loss(*PAIR, beta=0.3)
+    p, q = [[math.exp(x) for x in side.tolist()] for side in PAIR]
+    wanted = [math.log(a / (1 - a) / (b / (1 - b))) for a, b in zip(p, q, strict=True)]
+    torch.testing.assert_close(odds, torch.tensor(wanted), rtol=1e-5, atol=1e-6)
+    terms = [-0.3 * math.log(sigma(x)) for x in wanted]
+    torch.testing.assert_close(loss, torch.tensor(terms), rtol=1e-5, atol=1e-6)
+
+
+def test_single_completions_by_hand():
+    ratio, good = torch.tensor([2.0, 2.0, -1.0]), torch.tensor([True, False, False])
+    got = P.labelled_loss(
+        ratio, good, torch.tensor(0.5), beta=0.2, desirable_weight=3.0, undesirable_weight=2.0
+    )
+    wanted = [3 * (1 - sigma(0.2 * 1.5)), 2 * (1 - sigma(-0.2 * 1.5)), 2 * (1 - sigma(0.2 * 1.5))]
+    torch.testing.assert_close(got, torch.tensor(wanted))
+    wanted = [1 - sigma(0.4), sigma(0.4), sigma(-0.2)]  # apo_zero_unpaired
+    torch.testing.assert_close(P.labelled_loss(ratio, good, beta=0.2), torch.tensor(wanted))
+
+
+def test_scores_of_a_pair_by_hand():
+    chosen, rejected, margin = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), torch.tensor([0.5, 1.0])
+    wanted = [-math.log(sigma(0.5)), -math.log(sigma(-3.0))]
+    torch.testing.assert_close(P.reward_loss(chosen, rejected, margin), torch.tensor(wanted))
+    wanted = [wanted[0] + 0.1 * 1, wanted[1] + 0.1 * 4]
+    torch.testing.assert_close(P.reward_loss(chosen, rejected, margin, centering=0.1), torch.tensor(wanted))
+
+
+@pytest.mark.parametrize("module", [functional, policy_gradient, P])
+def test_every_function_says_the_shapes_of_what_it_takes_and_gives(module):
+    for name, member in vars(module).items():
+        if not inspect.isfunction(member) or member.__module__ != module.__name__ or name[0] == "_":
+            continue
+        doc = inspect.getdoc(member) or ""
+        assert name == "alone" or re.search(r"\([A-Z0-9]+,[^()]*\)|\(\) |any shape", doc), name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,37 @@ def test_only_a_frozen_adapter_is_kept_in_checkpoints_and_it_comes_back(build):
     assert all(torch.equal(p, trained[name]) for name, p in again_policy.trainable().items())
     with pytest.raises(ConfigError, match="does not fit"):
         build("copy")[1].load_state_dict(state)
+
+
+def test_the_fingerprint_is_that_of_what_is_computed(build, make_folder, tmp_path):
+    """Equal weights under another configuration are another reference; elsewhere they are the same one."""
+    _, reference = build("model")
+    first = reference.fingerprint()
+    moved = tmp_path / "elsewhere"
+    reference.model.save_pretrained(moved)
+    shutil.copy(make_folder() / "tokenizer.json", moved)
+    shutil.copy(make_folder() / "tokenizer_config.json", moved)
+
+    def of(**options):
+        chosen = Settings(**{"model": str(make_folder()), "reference_model": str(moved), **options})
+        found = build_reference(chosen, load_policy(chosen))
+        return found.fingerprint(), logps(found)
+
+    same, known = of()
+    assert same == first
+    change(moved / "config.json", rms_norm_eps=0.1)
+    other, changed = of()
+    assert other != first and not torch.allclose(changed, known)
+    build("named adapter")
+    named = {"adapter": str(tmp_path / "adapter"), "reference_adapter": str(tmp_path / "adapter")}
+    before, known = of(reference_model=None, **named)
+    change(tmp_path / "adapter/adapter_config.json", lora_alpha=64)
+    after, changed = of(reference_model=None, **named)
+    assert before != after and not torch.allclose(changed, known)
+
+
+def change(file: Path, **values: float) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def test_a_saved_policy_does_not_hold_the_reference(build, tmp_path):

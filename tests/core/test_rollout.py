@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlx.core import rollout
 from rlx.core.errors import MemoryExhausted
@@ -39,15 +43,52 @@ class Small:
         return self.inner.generate(prompts, n, sampling, seeds)
 
 
-def test_sampling_goes_on_with_fewer_rows_when_memory_runs_out(run, monkeypatch):
+@pytest.fixture
+def held(monkeypatch):
+    """The errors whose frames still held memory when it was to be given back."""
+    found = []
+    monkeypatch.setattr(rollout, "free_cache", lambda: found.append(sys.exception()))
+    return found
+
+
+def test_sampling_goes_on_with_fewer_rows_when_memory_runs_out(run, monkeypatch, held):
     # fault[N12]
     prompts, seeds = run.data.take([0, 1, 2, 3]), [1, 2, 3, 4]
     whole = run.studio.sample(prompts, 2, seeds)
     monkeypatch.setattr(run.studio, "generator", Small(run.studio.generator, 2))
     assert run.studio.sample(prompts, 2, seeds).ids == whole.ids
     assert run.studio.generator.asked == [None, 4, 2]
+    assert held == [None, None]
     run.studio.sample(prompts, 2, seeds)
     assert run.studio.generator.asked[3:] == [2]  # what fitted is remembered
+
+
+def test_sampling_halves_what_was_sampled_at_a_time(run, monkeypatch):
+    prompts = run.data.take([0, 1, 2, 3])
+    monkeypatch.setattr(run.studio, "sampling", replace(run.studio.sampling, batch_size=None))
+    monkeypatch.setattr(rollout, "rows_that_fit", lambda *given: 6)  # of 16; they were too many
+    monkeypatch.setattr(run.studio, "generator", Small(run.studio.generator, 3))
+    run.studio.sample(prompts, 4, [1, 2, 3, 4])
+    assert run.studio.generator.asked == [None, 3]
+
+
+def test_sampling_halves_no_more_than_there_is(run, monkeypatch):
+    prompts = run.data.take([0, 1, 2, 3])
+    monkeypatch.setattr(run.studio, "sampling", replace(run.studio.sampling, batch_size=64))
+    monkeypatch.setattr(run.studio, "generator", Small(run.studio.generator, 4))
+    run.studio.sample(prompts, 2, [1, 2, 3, 4])
+    assert run.studio.generator.asked == [64, 4]
+
+
+def test_rows_that_fitted_are_kept_by_a_checkpoint_unless_others_are_asked_for(run, monkeypatch):
+    free = replace(run.studio.sampling, batch_size=None)
+    monkeypatch.setattr(run.studio, "sampling", replace(free, batch_size=3))
+    state = run.studio.budget_state()
+    run.studio.sampling = free
+    run.studio.load_budget_state({**state, "rows_asked": 8})
+    assert run.studio.sampling.batch_size is None
+    run.studio.load_budget_state(state)
+    assert run.studio.sampling.batch_size == 3
 
 
 def test_sampling_that_never_fits_says_what_to_change(run, monkeypatch):
@@ -57,7 +98,7 @@ def test_sampling_that_never_fits_says_what_to_change(run, monkeypatch):
     assert caught.value.exit_code == 5 and "max_completion_length" in caught.value.hint
 
 
-def test_scoring_goes_on_with_a_smaller_budget_when_memory_runs_out(run, monkeypatch):
+def test_scoring_goes_on_with_a_smaller_budget_when_memory_runs_out(run, monkeypatch, held):
     sequences = run.roll_out().sequences
     whole = run.studio.score(sequences)
     asked, plain = [], rollout.score
@@ -72,6 +113,7 @@ def test_scoring_goes_on_with_a_smaller_budget_when_memory_runs_out(run, monkeyp
     monkeypatch.setattr(run.studio, "budget", 400)
     torch.testing.assert_close(run.studio.score(sequences).logps, whole.logps, rtol=1e-5, atol=1e-6)
     assert asked == [400, 200, 100]
+    assert held == [None, None]
 
     def never(*_, **__):
         raise torch.OutOfMemoryError("planted")
@@ -107,6 +149,47 @@ def test_precomputed_reference_log_probs_equal_live_ones_and_are_kept(pairs):
         assert torch.equal(again.batch([3, 1]).reference, taken.data.batch([3, 1]).reference)
     finally:
         live.close(), taken.close()
+
+
+def test_kept_log_probs_are_those_of_this_precision(pairs):
+    """Beside those of float32 in the cache, log-probs under autocast are taken anew."""
+    whole = pairs("whole", precompute_ref_log_probs=True, mixed_precision="no")
+    half = pairs("half", precompute_ref_log_probs=True, mixed_precision="bf16")
+    live = pairs("live", mixed_precision="bf16")
+    try:
+        assert torch.equal(half.collate().reference, live.collate().reference)
+        assert not torch.allclose(half.collate().reference, whole.collate().reference, rtol=1e-5, atol=1e-5)
+    finally:
+        whole.close(), half.close(), live.close()
+
+
+def test_log_probs_that_cannot_be_kept_are_used_all_the_same(pairs, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("RLX_CACHE", str(tmp_path / "file"))
+    run = pairs("taken", precompute_ref_log_probs=True)
+    try:
+        assert run.collate().reference is not None
+        lines = [line for line in run.plan if "taken once, not kept: " in line]
+        assert len(lines) == 2 and "Not a directory" in lines[0]
+    finally:
+        run.close()
+
+
+def test_a_full_disk_keeps_nothing_of_them(pairs, tmp_path, monkeypatch):
+    def full(tensors, file):
+        """What safetensors does where a write fails: a part of the file, and an error of its own."""
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setenv("RLX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    run = pairs("taken", precompute_ref_log_probs=True)
+    try:
+        assert run.collate().reference is not None
+        assert any("taken once, not kept: " in line and "No space left" in line for line in run.plan)
+        assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    finally:
+        run.close()
 
 
 def test_precomputing_is_refused_where_nothing_can_use_it(tmp_path):

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import rlx
-from rlx.core import checkpoint, snapshot
-from rlx.core.errors import CheckpointError
+from rlx.core import checkpoint, manifest, memory, snapshot
+from rlx.core.errors import CheckpointError, RlxError
+from rlx.core.loop import Run
 from rlx.core.run import prepare, reopen, train
 
 EVERYTHING = {
@@ -21,6 +22,8 @@ EVERYTHING = {
     "kl_horizon": 50,
     "score_scaling": "standardise",
     "logging_steps": 3,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 2,
 }
 VARIANTS = {
     "logged every step": {},
@@ -41,6 +44,7 @@ def everything(run) -> dict[str, object]:
     found |= {f"updater {name}": value for name, value in updater.items()}
     found["rates"] = [group["lr"] for group in run.updater.optimizer.param_groups]
     found |= {f"algorithm {name}": value for name, value in run.algorithm.state_dict().items()}
+    found |= {f"reference {name}": value for name, value in run.studio.reference.state_dict().items()}
     found["rewards"] = run.studio.reward_state()
     found["meter"] = {name: float(value) for name, value in run.journal.meter.sums.items()}
     found["tokens"] = run.journal.tokens
@@ -98,6 +102,24 @@ def test_a_resumed_run_equals_the_uninterrupted_one(variant, small, tmp_path):
         assert differing(resumed(folder), oracle) == []
 
 
+def test_a_resumed_run_keeps_its_budget_where_more_memory_is_free(small, tmp_path, monkeypatch):
+    """Micro-batches of other sizes would give sums that differ by rounding."""
+    monkeypatch.setattr(memory, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    options = small(save_steps=1, save_total_limit=None)
+    oracle = whole(options)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 50)
+    lines: list[str] = []
+    monkeypatch.setattr(Run, "say", lambda run, line: lines.append(line))
+    run = reopen(cut_off(tmp_path / "run", 2, tmp_path / "moved"))
+    assert (run.updater.budget, run.studio.budget) == (64, 64)
+    assert "micro-batches are of at most 64 tokens, as they were" in lines
+    train(run)
+    assert differing(everything(run), oracle) == []
+    roomy = whole({**options, "output_dir": "roomy"})
+    assert roomy["updater budget"] == 2048 and "metrics" in differing(roomy, oracle)
+
+
 def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(small):
     one, again, other = (
         whole(small(output_dir=name, seed=seed, max_steps=2)) for name, seed in (("a", 3), ("b", 3), ("c", 4))
@@ -128,6 +150,7 @@ FORGET = {
     "seen": lambda state, fresh: state["algorithm"].update(seen=fresh["algorithm"]["seen"]),
     "meter": lambda state, fresh: state["ranks"][0].update(meter=fresh["ranks"][0]["meter"]),
     "rewards": lambda state, fresh: state["ranks"][0].update(rewards=fresh["ranks"][0]["rewards"]),
+    "reference": lambda state, fresh: state.update(reference=fresh["reference"]),
     "step": lambda state, fresh: state.update(step=fresh["step"]),
     "tokens": lambda state, fresh: state.update(tokens=0),
     "offsets": lambda state, fresh: state.update(offsets={"metrics.jsonl": 1 << 30, "completions.jsonl": 0}),
@@ -252,6 +275,33 @@ def test_fault_r19_cosmetic_options_may_change(stopped):
     run = reopen(stopped(), {"logging_steps": "2", "save_total_limit": "1"})
     assert run.settings.logging_steps == 2
     run.close()
+
+
+def test_fault_p15_a_plugin_of_another_version_is_told_of(stopped, monkeypatch, capsys):
+    old = [*manifest.plugins(), {"name": "toy", "distribution": "rlx-toy", "version": "0.1.0"}]
+    with monkeypatch.context() as then:
+        then.setattr(snapshot, "plugins", lambda: old)
+        folder = stopped()
+    reopen(folder).close()
+    said = capsys.readouterr().out
+    assert "since the checkpoint, plugin toy of rlx-toy 0.1.0 was there, and is no longer" in said
+    now = [*manifest.plugins(), {**old[-1], "version": "0.2.0"}]
+    monkeypatch.setattr(manifest, "plugins", lambda: now)
+    reopen(folder).close()
+    assert "since the checkpoint, plugin toy of rlx-toy: 0.1.0 → 0.2.0" in capsys.readouterr().out
+
+
+def test_fault_p15_what_a_missing_plugin_brought_is_told_with_its_name(stopped):
+    folder = stopped()
+    config, file = folder / "config.yaml", folder / "manifest.json"
+    config.write_text(config.read_text().replace("./graded.py:graded", "brevity"))
+    written = json.loads(file.read_text())
+    written["plugins"].append({"name": "toy", "distribution": "rlx-toy", "version": "0.1.0"})
+    file.write_text(json.dumps(written))
+    with pytest.raises(RlxError, match="no reward 'brevity'") as caught:
+        reopen(folder)
+    assert "plugin toy of rlx-toy 0.1.0 was there, and is no longer" in "\n".join(caught.value.lines())
+    assert caught.value.exit_code == 2
 
 
 def test_fault_r20_other_weights_under_the_same_name_are_refused(stopped, tmp_path):

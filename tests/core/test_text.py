@@ -1,66 +1,14 @@
 """Hostile text becomes inert, secrets do not survive, and ordinary text stays as it is."""
 
+import json
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlx.core.text import REDACTED, is_secret, redact, safe_text
+from rlx.core.text import REDACTED, is_secret, redact, safe_json, safe_text
 
-# What a completion, prompt, file name or server answer may hold; inert on a terminal and in a log line.
-HOSTILE = {
-    "colour": "\x1b[31mred",
-    "clear screen": "\x1b[2J\x1b[H",
-    "cursor up": "ok\x1b[1A\x1b[2Kgone",
-    "hide cursor": "\x1b[?25l",
-    "alternate screen": "\x1b[?1049h",
-    "window title": "\x1b]0;owned\x07",
-    "hyperlink": "\x1b]8;;http://evil\x1b\\click\x1b]8;;\x1b\\",
-    "clipboard": "\x1b]52;c;cm0gLXJm\x07",
-    "device status": "\x1b[6n",
-    "answerback": "\x05",
-    "terminal query": "\x1b[c",
-    "sixel": "\x1bPq#0;2;0;0;0#0~~\x1b\\",
-    "C1 CSI": "\x9b31mred",
-    "C1 OSC": "\x9d0;owned\x9c",
-    "C1 DCS": "\x90q\x9c",
-    "bell": "\x07\x07",
-    "backspace": "rm\x08\x08ls",
-    "carriage return": "safe\rERROR",
-    "vertical tab": "a\x0bb",
-    "form feed": "a\x0cb",
-    "shift out": "\x0e\x0f",
-    "delete": "\x7f",
-    "NUL": "a\x00b",
-    "XOFF": "\x13",
-    "log forgery": "x\nERROR training failed",
-    "CRLF forgery": "x\r\nERROR training failed",
-    "next line": "x\x85y",
-    "line separator": "x\u2028y",
-    "paragraph separator": "x\u2029y",
-    "right-to-left override": "\u202egnp.exe",
-    "left-to-right embedding": "\u202aabc",
-    "isolate": "\u2067abc\u2069",
-    "right-to-left mark": "\u200fabc",
-    "arabic letter mark": "\u061cabc",
-    "zero-width space": "a\u200bb",
-    "zero-width joiner": "a\u200db",
-    "zero-width non-joiner": "a\u200cb",
-    "word joiner": "a\u2060b",
-    "byte order mark": "\ufeffabc",
-    "soft hyphen": "a\u00adb",
-    "hangul filler": "a\u3164b",
-    "braille blank": "a\u2800b",
-    "tag characters": "a\U000e0041\U000e0042",
-    "variation selectors": "a\U000e0100\ufe01",
-    "zalgo": "Z" + "\u0301" * 40,
-    "lone surrogate": "a\ud800b",
-    "interlinear annotation": "a\ufff9b\ufffa",
-    "mongolian vowel separator": "a\u180eb",
-    "invisible times": "a\u2062b",
-    "combining grapheme joiner": "a\u034fb",
-}
 CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
@@ -68,15 +16,27 @@ def inert(text: str) -> bool:
     return all(char == "\t" or unicodedata.category(char) not in CATEGORIES for char in text)
 
 
-def test_the_corpus_is_large_enough():
-    assert len(HOSTILE) >= 40
+def test_the_corpus_is_large_enough(hostile):
+    assert len(hostile) >= 40 and sum(not inert(text) for text in hostile.values()) >= 40
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=[f"fault[S14]-{name}" for name in HOSTILE])
-def test_hostile_text_becomes_inert(text):
-    shown = safe_text(text)
-    assert inert(shown) and shown != text
+def test_hostile_text_becomes_inert(hostile_text):
+    shown = safe_text(hostile_text)
+    assert inert(shown) and len(shown) < 400 and (shown != hostile_text or inert(hostile_text))
     shown.encode("utf-8")  # a lone surrogate would raise
+
+
+def test_json_is_inert_on_one_line_and_read_back_as_it_was(hostile_text):
+    for indent in (None, 2):
+        shown = safe_json({hostile_text: [hostile_text, 1.5, None]}, indent)
+        assert inert(shown.replace("\n", "") if indent else shown)
+        assert json.loads(shown.encode()) == {hostile_text: [hostile_text, 1.5, None]}
+
+
+def test_json_keeps_letters_of_all_scripts():
+    assert safe_json({"数学": "ß\n\x1b\U000e0041"}) == r'{"数学": "ß\n\u001b\udb40\udc41"}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        safe_json(float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import rlx
 from rlx.core import snapshot
 from rlx.core.batch import Prompts, Rollouts, Sequences
 from rlx.core.errors import DivergedError, MemoryExhausted
 from rlx.core.run import train
+from rlx.core.state import load_state
 from rlx.core.update import Updater
 
 ROWS = 8
@@ -58,8 +60,7 @@ def gradient(bench, batch=None, budget: int = 1 << 20) -> torch.Tensor:
     """How far one optimizer step moves the weights, all of them in one vector."""
     run, rollouts, start = bench
     put_back(bench)
-    updater = Updater(run.policy, run.algorithm, run.settings, run.accelerator, 4)
-    updater.budget = budget
+    updater = Updater(run.policy, run.algorithm, run.settings, run.accelerator, 4, budget)
     assert updater(rollouts if batch is None else batch).verdict == "step"
     return torch.cat([(start[name] - p.detach()).flatten() for name, p in run.policy.trainable().items()])
 
@@ -128,6 +129,24 @@ def recorded(run) -> list[list[float]]:
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
     )
     return rates
+
+
+class Bare(rlx.Algorithm):
+    """A loss, and nothing to report."""
+
+    def loss(self, batch, now):
+        return rlx.Loss({"tokens": -now.logps})
+
+
+def test_an_algorithm_without_metrics_is_trained_too(started):
+    own = dict.fromkeys(("num_generations", "num_ppo_epochs", "num_mini_batches"), ...)
+    run = started(algo=Bare, warmup_steps=0, **own)
+    before = torch.cat([p.detach().clone().flatten() for p in run.policy.trainable().values()])
+    rollouts = run.roll_out()
+    assert run.update(rollouts) == "step"
+    after = torch.cat([p.detach().flatten() for p in run.policy.trainable().values()])
+    assert not torch.equal(before, after)
+    assert run.update(rollouts.take(torch.arange(0))) == "skip"  # nothing in it to learn from
 
 
 def test_each_mini_batch_is_one_step_of_the_schedule(started):
@@ -204,10 +223,28 @@ def test_fault_n1_a_nan_loss_moves_nothing_and_ends_the_run(started):
     poisoned(run, {1})
     parts = run.minibatches(run.prepare(run.roll_out()))
     assert run.update(next(parts)) == "step"
-    before = state(run)
+    before, bad = state(run), next(parts)
     with pytest.raises(DivergedError, match="optimizer step 2; no weight has moved") as caught:
-        run.update(next(parts))
+        run.update(bad)
     assert caught.value.exit_code == 7 and same(before, state(run))
+    folder = run.path / "debug" / "nonfinite-step1-process0"
+    assert caught.value.lines()[-1] == f"  note:     the mini-batch is in {folder}"
+    kept = load_state(folder)
+    assert kept["optimizer_step"] == 2 and kept["error"][0].startswith("the loss or the gradient")
+    for name in ("ids", "lengths", "prompt_lengths", "scored"):
+        assert torch.equal(kept["batch"]["sequences"][name], getattr(bad.sequences, name))
+    for name in ("old", "reference", "advantages", "score"):
+        assert torch.equal(kept["batch"][name], getattr(bad, name))
+    assert kept["batch"]["texts"] == list(bad.texts) and kept["batch"]["prompts"]["rows"] == bad.prompts.rows
+
+
+def test_a_disk_that_refuses_the_evidence_does_not_hide_the_fault(started):
+    run = started(num_ppo_epochs=1)
+    poisoned(run, {0})
+    (run.path / "debug").write_text("in the way")
+    with pytest.raises(DivergedError, match="no weight has moved") as caught:
+        run.step()
+    assert "could not be written" in caught.value.lines()[-1]
 
 
 @pytest.mark.parametrize("bad", [1, 3, 4])

@@ -14,6 +14,7 @@ from rlx.core.logprobs import score
 from rlx.core.models import load_policy
 from rlx.core.pretrained import Source
 from rlx.core.settings import Settings
+from rlx.core.sharing import share
 from rlx.core.values import ValueHead, ValueModel, load_value_head, save_value_head
 
 SEQUENCES = Sequences.from_lists(
@@ -212,6 +213,7 @@ def test_a_separate_value_model_is_trained_saved_and_restored_under_its_own_name
     # What was saved is itself a value model.
     with torch.no_grad():
         third = ValueModel.load(Source(str(tmp_path / "saved" / "value_model")), dtype=torch.float32)
+        assert share(third.backbone) is None  # as load_policy does: then the sums are those of the policy's
         assert torch.equal(third.values(SEQUENCES), policy.value_model.values(SEQUENCES))
 
 

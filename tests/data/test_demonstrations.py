@@ -1,5 +1,7 @@
 """Demonstrations: which tokens are learned, chat templates of every kind, packing."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -101,8 +103,18 @@ def test_tools(marks):
         "[add]<|user|>2 + 2?<|end|><|assistant|>",
         "(add)<|end|><|tool|>4<|end|><|assistant|>It is 4.<|end|>",
     )
-    found = spans(marks, [USER, call, result, YES], TOOLS, tools=tools)
-    assert found == ["(add)<|end|>", "It is 4.<|end|>"]
+    with pytest.raises(BadRow, match="chatml has no form for tool calls"):
+        spans(marks, [USER, call, result, YES], CHATML)
+    for form in (tools, json.dumps(tools)):  # as JSON text where a table has no nested types
+        found = spans(marks, [USER, call, result, YES], TOOLS, tools=form)
+        assert found == ["(add)<|end|>", "It is 4.<|end|>"]
+    for form, reason in (
+        ("[{", "text, and no JSON"),
+        ({"name": "add"}, "no list of JSON schemas"),
+        ("[1]", "no list of JSON schemas"),
+    ):
+        with pytest.raises(BadRow, match=f"tools is {reason}"):
+            spans(marks, [USER, YES], TOOLS, tools=form)
 
 
 def test_the_turns_of_the_assistant(marks):
@@ -145,11 +157,19 @@ def test_what_is_learned(chat_tokenizer, plain_tokenizer):
             {"completion_only_loss": True, "assistant_only_loss": True},
             "are both set",
         ),
+        ({"text": "a"}, {"packing_strategy": "wrapped"}, "packing_strategy is set, and packing is off"),
     ],
 )
 def test_questions_that_the_rows_cannot_answer(chat_tokenizer, row, options, what):
     with pytest.raises(ConfigError, match=what):
         load([row], chat_tokenizer, **options)
+
+
+def test_a_row_without_dialogue_is_told_by_the_name_of_its_column(chat_tokenizer):
+    for column in ("messages", "conversation"):
+        with pytest.raises(DataError, match="1 of 2 rows") as caught:
+            load([{column: [USER, YES]}, {column: None}], chat_tokenizer)
+        assert caught.value.got == f"{column} is NoneType, not a list of messages (1)"
 
 
 def test_messages_without_a_template(plain_tokenizer):
@@ -197,7 +217,9 @@ def test_packed_documents_stay_sequences_of_their_own(plain_tokenizer, strategy)
     rows.append({"prompt": "3" * 5, "completion": "4" * 20})
     loose = load(rows, plain_tokenizer, max_length=12 if strategy == "bfd" else 100)
     packed = load(rows, plain_tokenizer, packing=True, packing_strategy=strategy, max_length=12)
-    assert len(packed) < len(loose) == 13 and any("packed 13" in line for line in packed.report)
+    assert len(packed) < len(loose) == 13 and any(
+        line.startswith("packed 13") and line.endswith(f", by {strategy}") for line in packed.report
+    )
     batches = [packed.batch([row]).sequences for row in range(len(packed))]
     assert all(len(s.ids) <= 12 for s in batches) and max(len(s) for s in batches) > 1
     assert torch.equal(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlx.core.packing import Piece, pack
+from rlx.plugins.transforms.packing import Piece, pack
 
 LENGTHS = st.lists(st.integers(1, 30), max_size=40)
 

@@ -8,6 +8,7 @@ import torch
 from rlx.core.data import check_data
 from rlx.core.errors import DataError, ErrorGroup
 from rlx.core.settings import Settings
+from rlx.core.tree import plant
 from rlx.plugins.datasets.wordmath import WordMath
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh_rlhf_harmless_test.jsonl.gz"
@@ -113,6 +114,20 @@ def test_a_batch_of_labelled_completions_and_its_mismatched_pairs(chat_tokenizer
     assert data.batch([2]).mismatched is None
 
 
+def test_labelled_completions_of_one_prompt_share_it(chat_tokenizer):
+    """Wherever they stand in the batch, and whichever process has them; so do their mismatched ones."""
+    rows = [{"prompt": f"p{i % 2}", "completion": f"c{i}", "label": i > 1} for i in range(4)]
+    data = load(rows, chat_tokenizer, "labeled")
+    whole = data.batch([3, 0, 1, 2])
+    assert whole.sequences.groups.tolist() == whole.mismatched.groups.tolist() == [0, 1, 0, 1]
+    assert data.batch([3, 0, 1, 2], [2, 3]).sequences.groups.tolist() == [0, 1]
+    for sequences in (whole.sequences, whole.mismatched):
+        prompt, completion = int(sequences.prompt_lengths[0]), int(sequences.counts[0])
+        fed = plant(sequences, sequences.scored.nonzero()[:, 0] - 1)
+        # Both prompts once; of the completions "c", the same in all four, once as well.
+        assert len(fed) == 2 * (prompt + 1 + 2 * (completion - 2))
+
+
 def test_mismatched_pairs_keep_the_limit(plain_tokenizer):
     rows = [
         {"prompt": "1" * 20, "completion": "2", "label": True},
@@ -128,6 +143,7 @@ def test_mismatched_pairs_keep_the_limit(plain_tokenizer):
 def test_pairs_become_labelled_completions(chat_tokenizer):
     data = load(pairs(2), chat_tokenizer, "labeled")
     assert data.batch(range(4)).desirable.tolist() == [True, False, True, False]
+    assert "transform unpair: 2 rows became 4" in data.report
     assert "2 desirable and 2 undesirable completions" in data.report
 
 

@@ -134,12 +134,12 @@ def test_conversations():
         ),
         ({"prompt": "a", "completion": "b", "label": True}, "labeled", [], ONE),
         ({"messages": [], "label": True}, "labeled",
-         ["ColumnMap", "ShareGPTMessages", "SplitConversation"], ONE),
+         ["ShareGPTMessages", "SplitConversation"], ONE),
         ({"chosen": "b", "rejected": "c"}, "labeled", ["ExtractPrompt", "Unpair"], ONE),
         ({"prompt": "a", "completion": "b", "text": "c"}, "demonstrations", [], ONE),
         ({"instruction": "a", "input": "", "output": "b", "text": "c"}, "demonstrations",
          ["InstructionPrompt", "ColumnMap"], ONE),
-        ({"prompt": "a", "messages": []}, "demonstrations", ["ColumnMap", "ShareGPTMessages"], ()),
+        ({"prompt": "a", "messages": []}, "demonstrations", ["ShareGPTMessages"], ()),
         ({"conversations": []}, "demonstrations", ["ShareGPTMessages"], ()),
         ({"text": "a"}, "demonstrations", [], ()),
     ],
@@ -195,6 +195,15 @@ def test_truncate(side, left, chat_tokenizer):
     assert [row["prompt"] for row in out] == left  # the packaged tokenizer has a token a digit
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("most", range(1, 12))
+def test_no_character_is_cut_in_two(side, most, chat_tokenizer):
+    text = "ab é世😀 cd"  # of the last ones before the space each byte is a token
+    [row] = Truncate(Truncate.Config(max_tokens=most, side=side))([{"prompt": text}], chat_tokenizer)
+    assert text.startswith(row["prompt"]) if side == "right" else text.endswith(row["prompt"])
+    assert len(chat_tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) <= most
+
+
 def test_mixtures_of_data_sets(tmp_path):
     for name, size in (("a", 10), ("b", 4)):
         rows = "\n".join(json.dumps({"prompt": f"{name}{i}"}) for i in range(size))
@@ -204,7 +213,12 @@ def test_mixtures_of_data_sets(tmp_path):
         {"name": str(tmp_path / "b.jsonl"), "fraction": 1},
     ]
     table = read_rows(parts)
-    assert [row["prompt"] for row in table.rows] == ["a0", "a3", "a6", "b0", "b1", "b2", "b3"]
-    assert table.place(1).endswith("a.jsonl, a.jsonl:4")
+    # Of a at 1/6, 3/6 and 5/6 of the whole, of b at 1/8, 3/8, 5/8 and 7/8.
+    assert [row["prompt"] for row in table.rows] == ["b0", "a0", "b1", "a3", "b2", "a6", "b3"]
+    assert table.place(3).endswith("a.jsonl, a.jsonl:4")
+    assert [row["prompt"] for row in read_rows(parts, limit=4).rows] == ["b0", "a0", "b1", "a3"]
+    with pytest.raises(DataError, match="others do not") as caught:
+        read_rows([parts[0], {"name": "wordmath"}])
+    assert caught.value.where == "the one at place 1" and "wordmath" in caught.value.got
     with pytest.raises(DataError, match="no share"):
         read_rows([{**parts[0], "fraction": 2}])

@@ -1,7 +1,9 @@
 """Rows through transforms: the order, the account that is kept, and transforms that break their contract."""
 
 import copy
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +121,7 @@ def test_a_faulty_transform_is_named(chat_tokenizer, fault):
     with pytest.raises(PluginError, match=what) as caught:
         run_faulty(chat_tokenizer, option)
     assert "Faulty" in caught.value.what
+    assert re.search(rf"{what} \(\S+{re.escape(Path(__file__).name)}:\d+\)$", caught.value.what)
     assert caught.value.exit_code == 4
     assert caught.value.where == where
     assert caught.value.got.startswith(got)
@@ -136,6 +139,23 @@ def test_rows_that_a_transform_fails_on_are_dropped_only_by_policy(chat_tokenize
     assert "raises KeyError" in found.report[1]
     with pytest.raises(DataError, match="1 of 3 rows"):
         load_prompts(settings(texts("abc"), on_bad_row="drop"), chat_tokenizer, [Picky(Options("raises"))])
+
+
+def test_a_transform_says_by_the_public_name_that_a_row_cannot_be_used(chat_tokenizer):
+    import rlx
+
+    class Careful(Transform):
+        def __call__(self, rows, tokenizer):
+            if any(row["prompt"] == "b" for row in rows):
+                raise rlx.BadRow("it is a b")
+            return rows
+
+    with pytest.raises(DataError, match="it is a b") as caught:
+        load_prompts(settings(texts("abc")), chat_tokenizer, [Careful(Options())])
+    assert caught.value.exit_code == 3  # the data's fault; any other exception would be the plugin's, 4
+    options = settings(texts("abc"), on_bad_row="drop", max_bad_rows=0.4)
+    found = load_prompts(options, chat_tokenizer, [Careful(Options())])
+    assert found.prompts.rows == [0, 2] and "it is a b" in "".join(found.report)
 
 
 def test_a_second_try_starts_from_unspoilt_rows(chat_tokenizer):

@@ -88,6 +88,16 @@ def test_duplicates_keep_the_first():
     assert [row["n"] for row in kept] == [0, 1, 3]
 
 
+def test_duplicates_by_other_columns():
+    """Two answers to one prompt are no copies; neither are dialogues that have no prompt at all."""
+    pairs = [{"prompt": "a", "chosen": c, "rejected": "x"} for c in "bcb"]
+    transform = DropDuplicates(DropDuplicates.Config(columns=["prompt", "chosen"]))
+    assert transform.takes == {"prompt", "chosen"}
+    assert [row["chosen"] for row in transform(pairs)] == ["b", "c"]
+    dialogues = [{"messages": [{**USER, "content": text}]} for text in "aab"]
+    assert len(DropDuplicates(DropDuplicates.Config(columns=["messages"]))(dialogues)) == 2
+
+
 def test_dialogues_end_with_the_last_user_turn():
     transform = ConversationPrompt(ConversationPrompt.Config())
     sharegpt = [
@@ -152,6 +162,10 @@ BAD = {
     "fault[D10]-text": (["U"], "turn 0: role is None"),
     "fault[D10]-role": ([USER, {"role": "robot", "content": "x"}], "turn 1: role is robot; known are system"),
     "fault[D10]-content": ([{"role": "user", "content": 3}], "turn 0: content is int, not text"),
+    "fault[D10]-calling user": (
+        [{"role": "user", "content": None, "tool_calls": [{"function": {"name": "add"}}]}],
+        "turn 0: content is NoneType, not text",
+    ),
     "fault[D10]-system": ([USER, SYSTEM], "turn 1: a system message is not the first"),
     "fault[D10]-first": ([ANSWER, USER], "turn 0: an assistant turn before any user turn"),
     "fault[D10]-twice": ([USER, USER], "turn 1: two user turns in a row"),

@@ -23,6 +23,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# They go through conformance cases that take whole runs, or make a dozen runs themselves.
+SLOW = (
+    "adapters.md", "plugin-algorithm.md", "plugin-callback.md", "plugin-generator.md", "rewards.md",
+    "run-folder.md", "tour.md",
+)  # fmt: skip
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SHORT = {
     "--max-steps": "2", "--batch-size": "8", "--max-rows": "64", "--max-eval-rows": "8",
@@ -100,7 +105,13 @@ def check_output(snippet: Snippet, printed: str) -> None:
         rest = rest[match.end() :]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in SLOW else [])
+        for page in PAGES
+    ],
+)
 def test_every_snippet_of_the_page_runs(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -122,22 +123,47 @@ def pip_site(tmp_path_factory):
                 return (-self.config.scale * torch.tensor([float(len(c)) for c in completions])).tolist()
     ''')
     )
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-index",
-            "--disable-pip-version-check",
-            "--target",
-            str(target),
-            str(source),
-        ],
-        check=True,
-        timeout=120,
-    )
+    pip_install(target, source)
     return target
+
+
+def pip_install(target: Path, *sources: Path) -> None:
+    """Build packages and install them into a folder, as pip does it, from nothing but their sources."""
+    words = "install --quiet --no-deps --no-build-isolation --no-index --disable-pip-version-check --target"
+    pip = [sys.executable, "-m", "pip", *words.split()]
+    subprocess.run([*pip, str(target), *map(str, sources)], check=True, timeout=300)
+
+
+@dataclass
+class Installed:
+    """Packages in a folder of their own, and their sources."""
+
+    site: Path
+    sources: Path
+
+    def run(self, *words, cwd=None):
+        """Run ``python -m`` with the packages; returns what it prints, and fails if it does."""
+        done = subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=cwd or self.sources,
+            env={**os.environ, "PYTHONPATH": str(self.site), "OMP_NUM_THREADS": "1", "RLX_NO_PLUGINS": ""},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def install(tmp_path_factory):
+    """Install packages into a folder of their own; their sources are copied, for building leaves traces."""
+
+    def install(*folders):
+        sources, site = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("site-packages")
+        left_out = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+        copies = [shutil.copytree(folder, sources / folder.name, ignore=left_out) for folder in folders]
+        pip_install(site, *copies)
+        return Installed(site, sources)
+
+    return install

@@ -97,6 +97,37 @@ def test_an_entry_point_whose_attribute_is_missing_names_the_close_match(site, f
     assert "no 'plugins'; did you mean 'plugin'" in discover().broken["bad"].reason
 
 
+def test_a_module_that_a_package_lacks_is_told_with_those_that_it_has(site):
+    site.install("bad", "x = 1", value="rlx_pack.plugins")
+    (site.path / "rlx_pack").mkdir()
+    for module in ("__init__", "plugin", "rewards"):
+        (site.path / "rlx_pack" / f"{module}.py").write_text("")
+    discover()
+    with pytest.raises(rlx.PluginError) as used:
+        rlx.resolve("reward", "bad/brevity")
+    assert used.value.hint.startswith(
+        "rlx_pack has plugin, rewards; did you mean 'plugin'?; repair or uninstall"
+    )
+
+
+def test_a_hook_that_is_almost_named_so_and_not_marked_is_told(site):
+    site.install("bad", "def rlx_registers(registry): pass")
+    reason = discover().broken["bad"].reason
+    assert reason.startswith("rlx_registers is no hook; did you mean 'rlx_register'? it implements no hook")
+
+
+@pytest.mark.parametrize(
+    ("components", "offers"),
+    [((), "nothing: its rlx_register adds nothing"), ((("reward", "brief", "a:b"),), "reward brief")],
+)
+def test_the_name_of_a_plugin_in_the_place_of_a_component_is_told(site, components, offers):
+    site.install("polite", registering(*components))
+    discover()
+    with pytest.raises(rlx.ConfigError) as unknown:
+        rlx.resolve("reward", "polite")
+    assert f"'polite' is a plugin, and offers {offers}" in unknown.value.hint
+
+
 def test_nothing_stays_of_a_plugin_that_fails_half_way(site):
     site.install(
         "bad", registering(("reward", "early", "rlx_bad:reward"), ("nonsense", "late", "rlx_bad:reward"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +108,52 @@ def test_callbacks_are_called_in_the_order_in_which_they_were_added(fault):
     events.emit("on_step_end", run=RUN, metrics={})
     assert [name for name, _ in heard] == ["first", "b", "a", "c", "last"]
     assert len(events.callbacks) == 5
+
+
+@pytest.mark.parametrize("fault", ["P11"], ids=["fault[P11]"])
+def test_what_a_callback_does_to_the_metrics_stays_with_it(fault):
+    events, heard, line = Events(), [], {"step": 1, "reward": 0.5}
+
+    class Greedy:
+        observer = True
+
+        @rlx.hookimpl
+        def on_step_end(self, metrics):
+            metrics.clear()
+
+    events.add(Greedy())
+    events.add(Recorder("next", heard))
+    events.emit("on_step_end", run=RUN, metrics=line)
+    assert heard == [("next", {"step": 1, "reward": 0.5})] and line == {"step": 1, "reward": 0.5}
+
+
+def test_processes_agree_around_callbacks_that_wait_for_each_other():
+    heard = []
+
+    @contextmanager
+    def agreed(run, what):
+        heard.append((what, "("))
+        yield
+        heard.append((what, ")"))
+
+    class Waiting(Recorder):
+        collective = True
+
+    alone, several = Events(agreed=agreed), Events(agreed=agreed)
+    for callback in (Recorder("a", heard), Waiting("w", heard), Recorder("b", heard), Recorder("c", heard)):
+        several.add(callback)
+    alone.add(Waiting("w", heard))
+    several.emit("on_step_end", run=RUN, metrics={})
+    what = "a callback, in on_step_end"
+    shown = [name if name != what else given for name, given in heard]
+    assert shown == ["(", "a", ")", "w", "(", "b", "c", ")"]
+    heard.clear()
+    alone.emit("on_step_end", run=RUN, metrics={})  # where the others are missing it is asked as often
+    assert [given if name == what else name for name, given in heard] == ["(", ")", "w", "(", ")"]
+    heard.clear()
+    several.emit("on_save", run=RUN, path="p")  # told on one process alone
+    several.emit("on_run_end", run=RUN)
+    assert what not in {name for name, _ in heard} and "(" not in {given for _, given in heard}
 
 
 def test_callbacks_are_added_and_removed_while_a_run_goes():
@@ -296,8 +343,13 @@ class LoadingToo(Loading):
 def test_global_hooks_veto_and_give_the_first_model():
     with isolated(Vetoing(), Loading(), LoadingToo()):
         assert global_hooks().rlx_load_model(spec="s") == "model of s"
-        global_hooks().rlx_validate(config=SimpleNamespace(settings=Settings(seed=12)))
+        native = SimpleNamespace(ref="native")
+        config = SimpleNamespace(
+            settings=Settings(seed=12), rewards=[], judge=None, callbacks=[], generator=native
+        )
+        global_hooks().rlx_validate(config=config)
+        config.settings = Settings(seed=13)
         with pytest.raises(rlx.ConfigError, match="not with me") as caught:
-            global_hooks().rlx_validate(config=SimpleNamespace(settings=Settings(seed=13)))
+            global_hooks().rlx_validate(config=config)
         assert "plugin 'Vetoing'" in caught.value.__notes__[0] and "rlx_validate" in caught.value.__notes__[0]
     assert global_hooks().rlx_load_model(spec="s") is None

@@ -124,3 +124,35 @@ def test_what_is_imported_already_is_not_deferred(run_python):
         print(json.dumps(torch is sys.modules["torch"]))
         """
     assert run_python(code) is True
+
+
+INNER = """
+import torch
+
+class Inner:
+    @torch.no_grad()
+    def learns(self):
+        return torch.is_grad_enabled()
+"""
+OUTER = """
+import torch
+from rlx.plugins import loading
+
+class Outer(loading.load(INNER)):
+    def two(self):
+        return float(torch.ones(2).sum())
+"""
+
+
+def test_a_file_that_loads_another_which_needs_torch_at_once(run_python, tmp_path):
+    inner, outer = tmp_path / "inner.py", tmp_path / "outer.py"
+    inner.write_text(INNER)
+    outer.write_text(OUTER.replace("INNER", repr(f"{inner}:Inner")))
+    code = f"""
+        import json
+        from rlx.plugins import loading
+        module = loading.load_file({str(outer)!r})
+        thing = module.Outer()
+        print(json.dumps([thing.learns(), thing.two()]))
+        """
+    assert run_python(code) == [False, 2.0]

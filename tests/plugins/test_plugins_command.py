@@ -99,6 +99,30 @@ def test_info_shows_everything_about_an_option(rlx_plugins):
     assert side["default"] == "both" and side["choices"] == ["both", "over", "under"] and not side["required"]
 
 
+def test_info_of_a_reference_names_the_distribution_that_it_leads_to(rlx_plugins, tmp_path):
+    installed = json.loads(rlx_plugins("info", "reward", "rlx_good.rewards:Brevity", "--json"))
+    assert (installed["distribution"], installed["version"]) == ("rlx-good", "1.2.3")
+    assert installed["file"].endswith("rewards.py:7") and installed["options"][0] == {
+        "name": "scale", "type": "number", "default": 0.1, "required": False, "bounds": "> 0", "choices": [],
+        "unit": "1/character", "source": "a test", "doc": "what a character costs",
+    }  # fmt: skip
+    (tmp_path / "mine.py").write_text("def brevity(completions): ...\n")
+    shown = rlx_plugins("info", "./mine.py:brevity")
+    assert "mine.py:1" in shown and "distribution" not in shown and "no options" in shown
+
+
+def test_info_takes_the_kind_before_the_name(rlx_plugins):
+    assert rlx_plugins("info", "algorithm", "reward").startswith("algorithm reward")
+    assert rlx_plugins("info", "reward", "--kind", "algorithm").startswith("algorithm reward")
+    assert "there is no reward 'reward'" in rlx_plugins("info", "reward", "reward", expect=2)
+    assert "there is no kind 'rewrd'; did you mean 'reward'" in rlx_plugins(
+        "info", "rewrd", "length", expect=2
+    )
+    assert "there is no kind 'rewrd'" in rlx_plugins("info", "rewrd", "rlx.rewards.length:Length", expect=2)
+    assert "[KIND] REF" in rlx_plugins("info", "reward", "length", "more", expect=2)
+    assert "[KIND] REF" in rlx_plugins("info", "reward", "length", "--kind", "callback", expect=2)
+
+
 def test_info_of_a_broken_plugin_shows_its_traceback(rlx_plugins):
     shown = rlx_plugins("info", "broken")
     assert "raise ImportError" in shown and "rlx_broken.py" in shown and "\x1b" not in shown
@@ -122,4 +146,11 @@ def test_list_answers_without_torch_and_at_once(rlx_plugins):
     bare = min(cpu(lambda: subprocess.run([sys.executable, "-c", ""], env=env)) for _ in range(3))
     started = time.monotonic()
     spent = min(cpu(lambda: rlx_plugins("list")) for _ in range(3)) - bare
-    assert spent < 0.3, f"{spent:.2f} s CPU, {time.monotonic() - started:.2f} s for three"
+    slow = max(1.0, bare / 0.03)  # a machine on which an interpreter that does nothing takes longer
+    assert spent < 0.3 * slow, f"{spent:.2f} s CPU, {time.monotonic() - started:.2f} s for three"
+
+
+@pytest.mark.parametrize("command", ("list", "info", "check", "new", "schema"))
+def test_help_says_what_a_command_does_and_not_how(rlx_plugins, command):
+    shown = rlx_plugins(command, "--help")
+    assert f"rlx plugins {command} " in shown and "Raises" not in shown and "Args" not in shown

@@ -114,11 +114,11 @@ def test_a_pattern_that_cannot_work_is_a_config_error(pattern):
 )
 def test_hostile_text_costs_no_time(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    began = time.perf_counter()
+    began = time.process_time()  # the clock of this process: others may keep the machine busy
     assert match(text) == 0.0
     assert make(Regex, pattern=r"Answer: (\d+)$")(completions=[text]) in ([0.0], [1.0])
     assert make(Format)(completions=[text, "<think>" * 100_000]) == [0.0, 0.0]
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert not list(tmp_path.iterdir())
 
 

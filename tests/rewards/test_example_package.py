@@ -1,7 +1,5 @@
 """The example package: chosen by reference, built with options, run by the runner."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -47,10 +45,3 @@ def test_a_wrong_option_is_told(installed):
     with pytest.raises(RlxError, match="half_life") as caught:
         make("reward", "my_pkg:MyReward", {"half_lif": 3})
     assert caught.value.exit_code == 2
-
-
-def test_its_own_tests_pass():
-    env = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(PACKAGE / "tests")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout

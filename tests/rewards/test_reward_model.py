@@ -80,10 +80,27 @@ def test_the_runner_gives_it_the_prompt_as_the_data_has_it(folder):
 
 
 def test_a_missing_model_is_named():
-    reward = make("reward", "reward_model", {"model": "./no-such-judge"})
-    with pytest.raises(RlxError, match="no-such-judge") as caught:
-        reward(prompts=["a"], completions=["b"])
+    with pytest.raises(RlxError, match="no-such-judge") as caught:  # when it is built
+        make("reward", "reward_model", {"model": "./no-such-judge"})
     assert caught.value.exit_code == 2
+
+
+def test_the_weights_have_the_type_that_is_asked_for(folder):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    given = {"prompts": PROMPTS, "completions": COMPLETIONS}
+    auto, full, half = (
+        make("reward", "reward_model", {"model": str(folder), "dtype": dtype})(**given)
+        for dtype in ("auto", "float32", "bfloat16")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    text = f"<|user|>{PROMPTS[0]}<|end|><|assistant|>{COMPLETIONS[0]}<|end|>"
+    with torch.no_grad():
+        own = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0]
+    assert auto == full != half
+    # One unit in the last place of bfloat16: a row in a padded batch may be summed in another order.
+    assert half[0] == pytest.approx(float(own), rel=2**-7)
 
 
 def test_an_adapter_with_its_score_head_is_loaded(tmp_path):

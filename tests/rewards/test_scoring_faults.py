@@ -2,6 +2,7 @@
 
 import asyncio
 import decimal
+import random
 import threading
 import traceback
 import warnings
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from rlx.core.batch import Prompts
-from rlx.core.errors import ConfigError, RewardError
+from rlx.core.errors import ConfigError, PluginError, RewardError
 from rlx.core.scoring import NamedReward, RewardRunner
 
 HOSTILE = "\x1b[2J\x9b\u202e[bold]\nERROR forged \x07"
@@ -65,6 +66,19 @@ def test_an_exception_is_told_with_place_row_completion_and_cause(fn):
     assert error.got == "RuntimeError: remote 503 for first"
     assert isinstance(error.__cause__, RuntimeError)
     assert traceback.extract_tb(error.__cause__.__traceback__)[-1].name == fn.__name__
+
+
+def test_an_error_that_says_where_and_what_it_got_is_told_whole():
+    def refuses(completions):
+        raise PluginError(
+            "the licence ran out", where="licence.txt:3", got="2025", expected="2026", hint="renew"
+        )
+
+    with pytest.raises(RewardError) as caught:
+        run(refuses, ["first", "b"])
+    error = caught.value
+    assert error.got == "PluginError: the licence ran out; where: licence.txt:3; got: 2025"
+    assert (error.expected, error.hint) == ("2026", "renew")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +171,7 @@ def test_a_result_of_the_wrong_shape_is_told(returned, told):
 def test_items_of_the_wrong_type_are_shown_inert_and_short():
     error = refusal([HOSTILE * 1000, 1.0, 1.0, 1.0])
     assert error.got.startswith("str ")
-    assert len(error.got) < 250
+    assert len(error.got) < 550
     assert not set("\x1b\x9b\u202e\x07\n") & set(error.got)
 
 
@@ -177,7 +191,8 @@ def test_a_tensor_with_gradient_is_detached_with_one_warning(kind):
         runner.score(*arguments)
 
 
-def test_fault_W10_a_reward_works_on_copies():
+@pytest.mark.parametrize("_", [pytest.param(0, id="fault[W10]")])
+def test_a_reward_works_on_copies(_):
     def vandal(prompts, completions, completion_ids, gold):
         prompts[0][0]["content"] = "changed"
         prompts.clear()
@@ -203,6 +218,57 @@ def test_fault_W10_a_reward_works_on_copies():
     assert (completions, ids) == (["a", "b"], [[1], [2]])
 
 
+async def out_of_order(completions):
+    """What ``asyncio.as_completed`` gives: the results in the order in which they came."""
+
+    async def one(text):
+        await asyncio.sleep(0.001 * len(text))
+        return float(len(text))
+
+    return [await done for done in asyncio.as_completed([one(text[:20]) for text in completions])]
+
+
+async def in_order(completions):
+    async def one(text):
+        await asyncio.sleep(0.001 * len(text))
+        return float(len(text))
+
+    return await asyncio.gather(*[one(text[:20]) for text in completions])
+
+
+@pytest.mark.parametrize(
+    ("fn", "status"),
+    [pytest.param(out_of_order, "failed", id="fault[W11]"), (in_order, "ok")],
+)
+def test_the_check_of_plugins_sees_results_in_another_order(fn, status):
+    from rlx.testing.kit import check
+
+    (outcome,) = check(fn, "reward", only=["order_follows_input"])
+    assert outcome.status == status
+
+
+@pytest.mark.parametrize(
+    ("fn", "told"),
+    [
+        pytest.param(
+            lambda completions: [random.random() for _ in completions], "varies by", id="fault[W12]"
+        ),
+        (lambda completions: [1.0 for _ in completions], "the same scores each time"),
+    ],
+)
+def test_the_check_of_plugins_tells_how_much_scores_vary_and_allows_it(fn, told):
+    from rlx.testing.kit import check
+
+    (outcome,) = check(fn, "reward", only=["repeatable"])
+    assert outcome.status == "ok" and outcome.note.startswith(told)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("_", [pytest.param(0, id="fault[W9] device")])
+def test_a_tensor_on_another_device_is_moved(_):
+    assert run(lambda completions: torch.arange(4.0, device="cuda")).score.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
 @pytest.mark.parametrize(
     ("rewards", "told"),
     [
@@ -220,7 +286,8 @@ def test_a_mix_that_cannot_teach_is_a_config_error(rewards, told):
     assert caught.value.exit_code == 2
 
 
-def test_fault_W34_an_unknown_name_in_the_mix_is_a_config_error():
+@pytest.mark.parametrize("_", [pytest.param(0, id="fault[W34] unknown")])
+def test_an_unknown_name_in_the_mix_is_a_config_error(_):
     from rlx.plugins.references import resolve
 
     with pytest.raises(ConfigError, match="exact_match") as caught:
@@ -251,10 +318,10 @@ def test_under_a_policy_single_items_are_replaced_counted_and_said_once(policy, 
     assert "reward/len/errors" in str(told[0].message)
     expected = torch.tensor([1.0, filled, filled, float("nan")])
     assert torch.allclose(scored.score, expected, equal_nan=True, rtol=0, atol=0)
-    assert scored.metrics["reward/len/errors"] == 2.0
+    assert scored.metrics["reward/len/errors"] == [2.0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert runner.score(*arguments).metrics["reward/len/errors"] == 2.0
+        assert runner.score(*arguments).metrics["reward/len/errors"] == [2.0]
 
 
 @pytest.mark.parametrize(
@@ -264,11 +331,11 @@ def test_under_a_policy_a_failed_call_counts_for_every_completion(fn):
     with pytest.warns(UserWarning, match="counted as 0"):
         scored = run(fn, on_error="value")
     assert scored.score.tolist() == [0.0] * 4
-    assert scored.metrics["reward/len/errors"] == 4.0
+    assert scored.metrics["reward/len/errors"] == [4.0]
 
 
 def test_errors_are_counted_as_0_where_there_are_none():
-    assert run(lambda completions: [1.0] * 4, on_error="none").metrics["reward/len/errors"] == 0.0
+    assert run(lambda completions: [1.0] * 4, on_error="none").metrics["reward/len/errors"] == [0.0]
 
 
 def test_a_weighted_sum_beyond_float32_is_an_error():

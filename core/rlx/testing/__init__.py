@@ -1,4 +1,8 @@
-"""The kit for plugin authors."""
+"""The kit for plugin authors: a registry of their own for tests, and the named conformance cases.
+
+``test_conformance = conformance(MyReward)`` in a test file makes one test of each case; ``rlx plugins check
+REF`` runs the same ones. pytest is imported by ``conformance`` alone, torch by the cases that need it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections.abc import Iterator
 
 from rlx.plugins.discovery import Plugin, admit, load_builtins
 from rlx.plugins.registry import Registry, using
+from rlx.testing.kit import Case, NotApplicable, Outcome, Subject, cases, check, conformance
 
 
 @contextlib.contextmanager
@@ -32,4 +37,4 @@ def isolated(*plugins: object) -> Iterator[Registry]:
         yield fresh
 
 
-__all__ = ["isolated"]
+__all__ = ["Case", "NotApplicable", "Outcome", "Subject", "cases", "check", "conformance", "isolated"]

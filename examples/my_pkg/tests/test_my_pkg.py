@@ -1,9 +1,12 @@
-"""What MyReward says of answers right, near, far and absent."""
+"""What the reward and the judge say of answers right, near, far and absent; the cases of rlx's own kit."""
 
 from __future__ import annotations
 
 import pytest
 from my_pkg import MyReward
+from my_pkg.judge import Closer
+
+from rlx.testing import conformance
 
 
 @pytest.mark.parametrize(
@@ -28,3 +31,34 @@ def test_partial_0_makes_it_an_exact_match() -> None:
     """Nothing is left for a wrong number, however near."""
     reward = MyReward(MyReward.Config(partial=0.0))
     assert reward(completions=["18", "19"], answer=["#### 19", "#### 19"]) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("pair", "answer", "verdict"),
+    [
+        (("Answer: 18", "Answer: 19"), "#### 18", 0),
+        (("Answer: 25", "Answer: 19"), "#### 18", 1),
+        (("Answer: 17", "Answer: 19"), "#### 18", None),  # both 1 away
+        (("I do not know", "Answer: 99"), "#### 18", 1),
+        (("I do not know", ""), "#### 18", None),
+        (("Answer: 18", "Answer: 19"), None, None),
+    ],
+)
+def test_the_nearer_one_wins(pair: tuple[str, str], answer: object, verdict: int | None) -> None:
+    """In either order."""
+    judge = Closer(Closer.Config())
+    assert judge.judge(["?"], [pair], answer=[answer]) == [verdict]
+    swapped = None if verdict is None else 1 - verdict
+    assert judge.judge(["?"], [(pair[1], pair[0])], answer=[answer]) == [swapped]
+
+
+def test_a_lead_within_the_margin_is_none() -> None:
+    """By hand: 1 and 3 away, so a lead of 2."""
+    pair = ("Answer: 19", "Answer: 15")
+    for margin, verdict in ((1.9, 0), (2.0, None)):
+        assert Closer(Closer.Config(margin=margin)).judge(["?"], [pair], answer=[18]) == [verdict]
+
+
+ROWS = [{"prompt": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(8)]
+test_reward = conformance(MyReward, rows=ROWS)
+test_judge = conformance(Closer, "judge", rows=ROWS)

@@ -1,5 +1,6 @@
 """Runs of two processes, one after the other; the test reads what they leave. Started by torchrun."""
 
+import atexit
 import json
 import shutil
 import sys
@@ -7,14 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
-from rlx.core.errors import ConfigError, DivergedError
+from rlx import hookimpl
+from rlx.core import memory
+from rlx.core.errors import ConfigError, DivergedError, RewardError, RlxError
+from rlx.core.peers import connect
+from rlx.core.recompute import recomputes
 from rlx.core.run import prepare, reopen, train
 
 torch.set_num_threads(1)
 jobs = json.loads(sys.argv[1])
-state = PartialState(cpu=True)
+# The last to be called at exit, as it is the first to be given: the group is gone before the interpreter.
+atexit.register(lambda: say(f"group at exit {torch.distributed.is_initialized()}"))
+state = connect()
 
 
 def say(line: str) -> None:
@@ -61,3 +67,75 @@ except DivergedError:
     still = all(torch.equal(a, b) for a, b in zip(before, run.policy.trainable().values(), strict=True))
     say(f"diverged at {run.global_step}, unmoved {still}")
 state.wait_for_everyone()
+
+# A reward that fails on one process ends both, and what was done so far is saved.
+run = prepare(**{**jobs["runs"][0], "output_dir": "fails", "max_steps": 3})
+if state.process_index == 1:
+    inner = run.studio.rewards.score
+
+    def failing(*arguments):
+        if run.global_step == 1:
+            raise RewardError("the reward is broken")
+        return inner(*arguments)
+
+    run.studio.rewards.score = failing
+try:
+    train(run)
+except RlxError as error:
+    say(f"ended with {error.exit_code} after {run.global_step}, saved {Path('fails/checkpoint-1').exists()}")
+state.wait_for_everyone()
+
+# So does a loss.
+run = prepare(**{**jobs["runs"][0], "output_dir": "raises"})
+if state.process_index == 0:
+    run.algorithm.loss = lambda batch, now: 1 / 0
+try:
+    train(run)
+except (RlxError, ZeroDivisionError) as error:
+    say(f"ended with {type(error).__name__}")
+state.wait_for_everyone()
+
+
+# Memory that is short on one process: both recompute activations, and go through the mini-batch again.
+run = prepare(**{**jobs["runs"][0], "output_dir": "short"})
+if state.process_index == 1:
+
+    def check(module, args, kwargs):
+        if torch.is_grad_enabled() and not recomputes(module):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run.policy.base.model.register_forward_pre_hook(check, with_kwargs=True)
+    memory.free_bytes = lambda device: 0  # of which the next run hears
+train(run)
+say(f"recomputes {recomputes(run.policy.base)} in pieces of {run.updater.budget}")
+with prepare(**{**jobs["runs"][0], "output_dir": "planned", "max_steps": 1}) as run:
+    [line] = [line for line in run.plan if line.startswith("gradient checkpointing: ")]
+    say(f"planned {recomputes(run.policy.base)} in pieces of {run.updater.budget}, {line[-42:]}")
+state.wait_for_everyone()
+
+
+class Alone:
+    """On one process it has a checkpoint written and the run stopped; on the other it fails at the end."""
+
+    @hookimpl
+    def on_loss(self, run):
+        run.saving = run.global_step == 0 and state.process_index == 1
+
+    @hookimpl
+    def on_step_end(self, run):
+        if run.global_step == 2 and state.process_index == 1:
+            run.stop("enough")
+
+    @hookimpl
+    def on_save(self, run, path):
+        if path == run.path:
+            raise OSError("the callback is broken")
+
+
+# What a callback asks for on one process is done by both, and where it fails on one both end.
+run = prepare(**{**jobs["runs"][0], "output_dir": "alone", "max_steps": 4, "callback": [Alone()]})
+try:
+    train(run)
+except (RlxError, OSError) as error:
+    saved = [step for step in (1, 2) if Path(f"alone/checkpoint-{step}").exists()]
+    say(f"alone ended with {type(error).__name__} after {run.global_step}, {saved}: {run.stop_reason}")

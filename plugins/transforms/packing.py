@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from rlx.core.errors import ConfigError
+from rlx.core.options import opt
+from rlx.plugins.contract import Transform
+
+STRATEGIES = ("bfd", "bfd_split", "wrapped")
 
 
 class Piece(NamedTuple):
@@ -18,6 +25,62 @@ class Piece(NamedTuple):
     document: int
     start: int
     end: int
+
+
+class Packing(Transform):
+    """Puts tokenised demonstrations together into rows of about the same length.
+
+    One of another kind takes its place where it has ``stage = "packing"``, ``groups`` and ``splits``.
+    """
+
+    stage = "packing"
+    takes = frozenset({"length"})
+    gives = frozenset({"pieces"})
+
+    @dataclass(frozen=True)
+    class Config:
+        """How long the rows are, and which documents go together."""
+
+        length: int | None = opt(None, "tokens of a row (default: max_length)", gt=1, unit="tokens")
+        strategy: str = opt(
+            "bfd",
+            "bfd keeps documents whole; bfd_split splits those over the length; wrapped cuts wherever a row "
+            "is full",
+            choices=STRATEGIES,
+            source="arXiv:2404.10830",
+        )
+
+    @property
+    def splits(self) -> bool:
+        """Whether a document may go into several rows, so that none is too long."""
+        return bool(self.config.strategy != "bfd")
+
+    def groups(self, lengths: Sequence[int], longest: int) -> list[list[Piece]]:
+        """Which pieces of which documents make each row; see ``pack``.
+
+        Args:
+            lengths: tokens of each document.
+            longest: tokens of a row where the option ``length`` does not say it.
+
+        Raises:
+            ConfigError: rows longer than ``longest``.
+        """
+        length = self.config.length or longest
+        if length > longest:
+            raise ConfigError(
+                "packed rows would be longer than max_length",
+                code="E-CONFIG-LENGTH",
+                got=f"packing.length {length}",
+                expected=f"at most {longest}",
+                hint=f"--max-length {length}",
+            )
+        return pack(lengths, length, self.config.strategy)
+
+    def __call__(self, rows: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+        """Rows with ``length``, tokens of a document each → rows with ``pieces``, one a packed row."""
+        lengths = [row["length"] for row in rows]
+        longest = self.config.length or max([2, *lengths])
+        return [{"pieces": group} for group in self.groups(lengths, longest)]
 
 
 def pack(lengths: Sequence[int], limit: int, strategy: str) -> list[list[Piece]]:
@@ -41,7 +104,7 @@ def pack(lengths: Sequence[int], limit: int, strategy: str) -> list[list[Piece]]
     """
     if strategy == "wrapped":
         return _wrapped(lengths, limit)
-    if strategy not in ("bfd", "bfd_split"):
+    if strategy not in STRATEGIES:
         raise ValueError(f"packing is bfd, bfd_split or wrapped, not {strategy!r}")
     if strategy == "bfd" and any(length > limit for length in lengths):
         raise ValueError(f"a document of {max(lengths)} tokens does not go into rows of {limit}")

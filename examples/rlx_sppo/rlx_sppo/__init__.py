@@ -1,0 +1,1 @@
+"""Self-play preference optimisation for rlx."""
