@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import lines
 import torch
 
 from rlx import hookimpl
@@ -18,7 +19,7 @@ state = connect()
 
 
 def say(line: str) -> None:
-    print(f"process {state.process_index}: {line}", flush=True)
+    lines.say(state.process_index, line)
 
 
 def failing(hook, step):

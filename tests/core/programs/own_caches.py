@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import lines
 import torch
 
 from rlx.core.peers import connect
@@ -19,4 +20,4 @@ for number in range(2):
     told: list[str] = []
     found = precompute(data, lambda s: s.ids[s.scored].float(), "of the reference", state, told.append)
     assert torch.equal(found.logps, torch.tensor([7.0, 8, 9] * 3))
-    print(f"process {state.process_index}, time {number}: {told[0]}", flush=True)
+    lines.say(state.process_index, f"time {number}: {told[0]}")

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import lines
 import torch
 
 from rlx import hookimpl
@@ -24,7 +25,7 @@ state = connect()
 
 
 def say(line: str) -> None:
-    print(f"process {state.process_index}: {line}", flush=True)
+    lines.say(state.process_index, line)
 
 
 for options in jobs["runs"]:
