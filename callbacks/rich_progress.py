@@ -296,7 +296,7 @@ def pick_samples(rollouts: Rollouts) -> list[tuple[str, str, float | None]]:
     chosen += [place for place in range(len(groups)) if place not in chosen][: SAMPLES - len(chosen)]
     out = []
     for place in chosen:
-        score = None if rollouts.score is None else float(rollouts.score[place])
+        score = None if rollouts.score is None else float(rollouts.total_score[place])
         prompt = last_message(rollouts.prompts.messages[place]) or rollouts.prompts.texts[place]
         out.append((prompt, rollouts.texts[place], None if score is None or score != score else score))
     return out

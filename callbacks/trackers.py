@@ -80,9 +80,7 @@ class Trackers(Callback):
 
 def public(options: Mapping[str, Any]) -> dict[str, float | int | str]:
     """Options as trackers take them, without secrets, prompts and rows of data."""
-    values = redact(without_rows(options))
-    if values.get("system_prompt"):
-        values["system_prompt"] = f"{len(values['system_prompt'])} characters"
+    values = redact(without_rows(options, hidden=("system_prompt",)))
     return {
         name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()
     }

@@ -76,6 +76,7 @@ class WinRate(Callback):
         self._judge_name = chosen.name
         self._runner: JudgeRunner | None = None
         self._prompts: Prompts | None = None  # of this process
+        self._places: list[tuple[int, int, int]] = []  # where another model's data have them
         self._baseline: dict[str, Any] = {}  # texts and ids, over all processes, and of which prompts
         self._judge_state: Mapping[str, Any] = {}
 
@@ -143,7 +144,7 @@ class WinRate(Callback):
         """
         if self._runner is not None:
             return
-        from rlx.core.answers import held_out
+        from rlx.core.answers import held_out, places_of
         from rlx.core.judging import JudgeRunner
         from rlx.core.peers import agreed
 
@@ -154,7 +155,8 @@ class WinRate(Callback):
             runner.check_columns(data.prompts.columns)
             runner.load_state_dict(self._judge_state)
             runner.attach(run.policy)
-        self._prompts = data.take(list(_share(run, len(data))))
+        mine, places = list(_share(run, len(data))), places_of(data.prompts.rows)
+        self._prompts, self._places = data.take(mine), [places[i] for i in mine]
         fingerprint = hashlib.sha256(
             json.dumps([data.texts, self.config.baseline_model]).encode()
         ).hexdigest()
@@ -196,7 +198,7 @@ class WinRate(Callback):
 
     def _answers_of_baseline(self, run: Any, settings: Any, transforms: list[Any]) -> Answers:
         """The baseline's answers to the prompts of this process."""
-        from rlx.core.answers import answer, sampled
+        from rlx.core.answers import answer, places_of, sampled
         from rlx.core.contest import find_side
 
         assert self._prompts is not None
@@ -225,13 +227,15 @@ class WinRate(Callback):
             rows=self._prompts.rows,
             greedy=self.config.greedy,
         )
-        if found.prompts.rows != self._prompts.rows:
+        theirs = {place: i for i, place in enumerate(places_of(found.prompts.rows))}
+        both = [theirs[place] for place in self._places if place in theirs]
+        if len(both) < len(self._places):
             raise DataError(
                 "the baseline's model cannot take all prompts of win_rate",
-                got=f"{len(found.prompts)} of {len(self._prompts)}",
+                got=f"{len(both)} of {len(self._places)}",
                 hint="use a data set whose prompts fit both models",
             )
-        return found
+        return found.take(both)
 
     def _of_column(self, run: Any, prompts: Prompts, column: str) -> dict[str, Any]:
         """The baseline's texts and ids, out of the data."""

@@ -6,6 +6,7 @@ Nothing here trains or writes. Legend: N prompts, one completion each.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,23 @@ class Answers:
         finished = None if self.finished is None else [self.finished[i] for i in index]
         texts, ids = [self.texts[i] for i in index], [self.ids[i] for i in index]
         return Answers(self.prompts.take(index), texts, ids, finished)
+
+
+def places_of(rows: Sequence[int]) -> list[tuple[int, int, int]]:
+    """How a prompt is found among those of another model: its row, which of its prompts it is, of how many.
+
+    A transform may make several prompts of a row. Where a model has not all of them, none has a counterpart:
+    nobody could say which.
+
+    Args:
+        rows: row number of each prompt, all prompts of a row among them.
+    """
+    all_of, seen = Counter(rows), Counter[int]()
+    places = []
+    for row in rows:
+        places.append((row, seen[row], all_of[row]))
+        seen[row] += 1
+    return places
 
 
 def held_out(settings: Settings, tokenizer: Any, transforms: Sequence[Any], model_config: Any) -> PromptData:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import manifest, plan
-from rlx.core.closing import close_all
+from rlx.core.closing import close_all, made
 from rlx.core.data import check_data
 from rlx.core.errors import ConfigError, RlxError
 from rlx.core.fingerprints import fingerprints
@@ -68,9 +68,7 @@ class Checked:
 
     def close(self) -> None:
         """Let rewards, judge and callbacks give back what they hold: workers, connections."""
-        given = [component.ref for component in self.config.callbacks]  # objects: their owner's to close
-        own = [one for one in self.callbacks.values() if not any(one is other for other in given)]
-        close_all(self.rewards, self.judge, *own)
+        close_all(self.rewards, self.judge, *made(self.callbacks.values(), self.config.callbacks))
 
 
 def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
@@ -93,8 +91,8 @@ def check(config: RunConfig, objects: Mapping[str, Any]) -> Checked:
         built.append(judge := build_judge(config))
         callbacks: dict[str, Any] = {}
         for component in config.callbacks:
-            callbacks[component.name] = made = component.make()
-            built += [] if made is component.ref else [made]
+            callbacks[component.name] = callback = component.make()
+            built += made([callback], [component])
         return _check_parts(config, objects, algorithm, rewards, judge, callbacks)
     except BaseException:
         close_all(*built)
@@ -236,8 +234,8 @@ def _with_weights(
     from rlx.core.update import Updater
 
     config, algorithm, settings = checked.config, checked.algorithm, checked.config.settings
-    if algorithm.eats != "prompts":
-        settings = replace(settings, temperature=1.0)  # nothing is sampled, so no log-prob is tempered
+    # Where training samples nothing, no log-prob is tempered; a callback that samples does so as asked.
+    measured = settings if algorithm.eats == "prompts" else replace(settings, temperature=1.0)
     model = objects.get("model")
     if model is None:
         model = global_hooks().rlx_load_model(spec=settings)
@@ -260,10 +258,10 @@ def _with_weights(
     budget = plan.budget(policy, reference, settings, accelerator)
     studio = Studio(
         policy, reference, config.generator.make(), checked.rewards, settings, accelerator, stops, budget,
-        checked.judge,
+        checked.judge, measured.temperature,
     )  # fmt: skip
     updates = checked.order.total_steps * algorithm.epochs * algorithm.mini_batches
-    updater = Updater(policy, algorithm, settings, accelerator, updates, budget)
+    updater = Updater(policy, algorithm, measured, accelerator, updates, budget)
     lines = checked.plan + tried + policy.report
     lines += plan.weights(policy, reference, algorithm, settings, accelerator, budget)
     lines.append(checkpointing)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import checkpoint
-from rlx.core.answers import Answers, from_rows, read_completions, sampled
+from rlx.core.answers import Answers, from_rows, places_of, read_completions, sampled
 from rlx.core.components import check_spec, read_specs
 from rlx.core.errors import ConfigError, DataError
 from rlx.core.folder import is_run
@@ -223,10 +223,10 @@ def _tokenizer_options(sides: Sequence[Side], given: str | None) -> dict[str, An
 
 
 def _matched(one: Answers, other: Answers, limit: int) -> tuple[Answers, Answers]:
-    """Both in one order, without the rows that only one of them has."""
-    places = {row: place for place, row in enumerate(other.prompts.rows)}
-    first = [place for place, row in enumerate(one.prompts.rows) if row in places][:limit]
-    return one.take(first), other.take([places[one.prompts.rows[place]] for place in first])
+    """Both in one order, without the prompts that only one of them has."""
+    found = {place: i for i, place in enumerate(places_of(other.prompts.rows))}
+    both = [(i, found[place]) for i, place in enumerate(places_of(one.prompts.rows)) if place in found]
+    return one.take([i for i, _ in both[:limit]]), other.take([i for _, i in both[:limit]])
 
 
 def _nothing_in_common(sides: Sequence[Side]) -> DataError:

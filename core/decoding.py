@@ -9,7 +9,7 @@ Legend: R live rows of a batch, N samples, P prompt tokens, T new tokens, V voca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +22,6 @@ from rlx.core.errors import DivergedError
 from rlx.core.sampling import Sampler, StopRule, uniforms
 from rlx.plugins.contract import Completions, Sampling
 from rlx.plugins.telling import Complete, OnComplete
-
-Progress = Callable[[int, int], None]
 
 
 class Door:
@@ -116,7 +114,6 @@ class Run:
         sampling: how to draw.
         seeds: one a prompt.
         tokenizer: for stop strings.
-        on_progress: called with (finished, all) samples.
         on_complete: called with samples that will not change any more.
     """
 
@@ -128,11 +125,10 @@ class Run:
         sampling: Sampling,
         seeds: Sequence[int],
         tokenizer: Any,
-        on_progress: Progress | None,
         on_complete: OnComplete | None = None,
     ) -> None:
         self.door, self.prompts, self.n = door, prompts, n
-        self.on_progress, self.on_complete = on_progress, on_complete
+        self.on_complete = on_complete
         self.length = sampling.max_new_tokens
         self.longest = max(map(len, prompts)) + self.length  # a model may have positions for no more
         total, device = len(prompts) * n, door.device
@@ -143,7 +139,6 @@ class Run:
         self.logps = torch.zeros(total, self.length, device=device)
         self.lengths = torch.full((total,), self.length, device=device)
         self.stopped = torch.zeros(total, dtype=torch.bool, device=device)
-        self.done = 0
 
     def batches(self, batch_size: int | None) -> Iterator[list[int]]:
         """Samples that are decoded together: those with prompts of like length, as many as fit."""
@@ -234,9 +229,6 @@ class Run:
 
     def report(self, samples: Tensor) -> None:
         """Tell that samples are complete: their tokens, lengths and stops are final."""
-        self.done += len(samples)
-        if self.on_progress is not None:
-            self.on_progress(self.done, len(self.prompts) * self.n)
         if self.on_complete is not None:
             tables = (samples, self.tokens[samples], self.lengths[samples], self.stopped[samples])
             rows = zip(*(table.tolist() for table in tables), strict=True)

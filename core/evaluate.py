@@ -94,7 +94,7 @@ def _sampled(run: Run, data: PromptData) -> dict[str, float]:
     meter.add("eval/completion/length", rollouts.sequences.counts.float())
     meter.add("eval/completion/eos_rate", rollouts.finished.float())
     if rollouts.score is not None:
-        meter.add("eval/reward", rollouts.score[~rollouts.score.isnan()])
+        meter.add("eval/reward", rollouts.total_score[~rollouts.total_score.isnan()])
         for name, values in rollouts.rewards.items():
             meter.add(f"eval/reward/{name}", values[~values.isnan()])
     for name, values in rollouts.metrics.items():
@@ -111,8 +111,11 @@ def _measured(run: Run, data: Any) -> dict[str, float]:
         mine = list(share(len(rows), run.accelerator.process_index, run.accelerator.num_processes))
         with agreed(run, "measuring the evaluation"):
             batch = run.studio.compare(data.batch(rows, mine), run.algorithm.needs)
-        batch = run.algorithm.prepare(batch, run.score)
-        loss, metrics = run.updater.measure(batch)
+        with agreed(run, "the preparation of a batch"):
+            batch = run.algorithm.prepare(batch, run.score)
+        sizes = run.updater.sizes(batch)
+        with agreed(run, "measuring the evaluation"):
+            loss, metrics = run.updater.measure(batch, sizes)
         # Every batch's loss is a mean over its rows already: it counts as often as it has rows.
         metrics.sums["loss"], metrics.counts["loss"] = loss.double() * len(rows), len(mine)
         meter.merge(metrics)

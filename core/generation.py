@@ -25,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlx.core.decode_loop import decode_shared
-from rlx.core.decoding import Door, Progress, Run
+from rlx.core.decoding import Door, Run
 from rlx.core.errors import DataError
 from rlx.core.packed_linear import LEAST_STEPS, packed
 from rlx.core.plain_generation import decode_by_generate
@@ -47,7 +47,6 @@ def generate(
     tokenizer: Any = None,
     batch_size: int | None = None,
     accelerator: Any = None,
-    on_progress: Progress | None = None,
     on_complete: OnComplete | None = None,
     plain: bool = False,
     packed_weights: bool = True,
@@ -63,7 +62,6 @@ def generate(
         tokenizer: needed for stop strings only.
         batch_size: completions sampled at a time; None: as many as memory allows.
         accelerator: its autocast applies, if given.
-        on_progress: called with (finished, all) completions now and then.
         on_complete: called with completions that will not change any more, each once.
         plain: decode by ``model.generate``: the same contract, without shared prompts and dropped rows.
         packed_weights: lay the weights out for products of few rows where it pays (``packed_linear``).
@@ -83,7 +81,7 @@ def generate(
     door = Door(model, decoder)
     if door.kind == "unknown" and not plain:
         say_fallback(type(decoder).__name__ + (" with virtual tokens" if door.virtual_tokens else ""))
-    run = Run(door, prompts, n, sampling, seeds, tokenizer, on_progress, on_complete)
+    run = Run(door, prompts, n, sampling, seeds, tokenizer, on_complete)
     pays = packed_weights and not plain and sampling.max_new_tokens >= LEAST_STEPS
     with (
         sampling_mode(model),

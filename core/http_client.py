@@ -24,6 +24,7 @@ from rlx.core.text import redact, safe_text
 # 501 and 505 say that the server will never do it; these and every other 5xx may pass.
 PASSING = frozenset({408, 425, 429, *range(500, 600)} - {501, 505})
 ERROR_HEAD = 2_000  # bytes read of an answer that is an error
+LEAST_SECRET = 8  # bytes; a shorter one, as servers of one's own may have, could stand in any right answer
 
 
 class _Guarded(httpcore2.AnyIOBackend):
@@ -104,7 +105,8 @@ class Client:
                 known = {name.lower(): value for name, value in response.headers}
                 if not 200 <= response.status < 300:
                     raise self._refusal(response.status, known, self._clean(await _head(response)))
-                return self._clean(await self._read(response, known, limit))
+                reply = await self._read(response, known, limit)
+                return self._clean(reply) if len(self.secret) >= LEAST_SECRET else reply
         except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
             raise self._broken(error) from error
 

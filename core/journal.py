@@ -51,8 +51,8 @@ class Journal:
             "completion/eos_rate": rollouts.finished.float(),
         }
         if rollouts.score is not None:
-            applies = ~rollouts.score.isnan()
-            reward = rollouts.score[applies]
+            applies = ~rollouts.total_score.isnan()
+            reward = rollouts.total_score[applies]
             seen |= {"reward": reward, "reward/unscorable": (~applies).float()}
             seen |= {f"reward/{name}": values[~values.isnan()] for name, values in rollouts.rewards.items()}
             seen["reward/std"] = moments(reward, lambda values: total(self.accelerator, values))[2].sqrt()

@@ -56,7 +56,7 @@ class JudgeRunner:
             )
         parameters = list(inspect.signature(judge.judge).parameters.values())
         more = [p for p in parameters[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        self._names = {p.name for p in more}
+        self._names, self._taken = {p.name for p in more}, {p.name for p in parameters[:2]}
         self._everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
         required = [p.name for p in more if p.default is p.empty and p.name not in STANDARD]
         declared = getattr(judge, "columns", ())  # optional: not every judge looks at the data
@@ -152,7 +152,8 @@ class JudgeRunner:
             "pair_ids": pair_ids,
             "rows": prompts.rows,
         }
-        named = {name: list(v) for name, v in named.items() if self._everything or name in self._names}
+        wanted = set(named) - self._taken if self._everything else self._names
+        named = {name: list(values) for name, values in named.items() if name in wanted}
         try:
             answers = self.judge.judge(asked, list(pairs), **named)
         except RlxError as error:

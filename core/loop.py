@@ -87,7 +87,9 @@ class Run(Parts):
     def prepare(self, batch: Batch) -> Batch:
         """What the algorithm makes of a batch, once, before the mini-batches: advantages and the like."""
         self.boundary = False
-        return cast("Batch", self.algorithm.prepare(batch, self.score))
+        with agreed(self, "the preparation of a batch"):
+            prepared = cast("Batch", self.algorithm.prepare(batch, self.score))
+        return prepared
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """Epochs × mini-batches of a prepared batch, shuffled anew each epoch.
@@ -174,6 +176,7 @@ class Run(Parts):
         with agreed(self, "writing the log line"):
             if self.folder is not None:
                 self.folder.log_metrics(line)
+        self.reported = self.global_step  # a run that is resumed does not write it twice, whatever fails now
         self.events.emit("on_log", run=self, metrics=line)
         self.journal.restart()
 

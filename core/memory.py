@@ -197,19 +197,25 @@ def kept_budget(state: Mapping[str, Any], settings: Settings, now: int) -> int:
     return int(state["budget"]) if state["asked"] == settings.max_tokens_per_micro_batch else now
 
 
-def empty_model(config: Any, settings: Settings, dtype: torch.dtype) -> Any:
+def empty_model(config: Any, settings: Settings, dtype: torch.dtype, *, classifier: bool = False) -> Any:
     """The policy's shapes without numbers, on the meta device, with an adapter where the settings want one.
 
     Args:
         config: what ``load_config`` gave.
         settings: the options of the panel LoRA.
         dtype: type of the weights.
+        classifier: the policy is a sequence classifier; its score head counts for nothing.
+
+    Raises:
+        ConfigError: an adapter that does not fit.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
+        if settings.adapter:
+            return adapters.add_empty(model, settings.adapter, classifier=classifier)
         if settings.lora_r:
             model = adapters.add_lora(
                 model,

@@ -96,20 +96,6 @@ def cut_trees(sequences: Sequences, budget: int, per_row: int = 1) -> list[Tenso
     return [torch.tensor(part, device=sequences.ids.device) for part in parts]
 
 
-def padding_waste(lengths: Tensor, parts: list[Tensor], per_row: int = 1) -> float:
-    """Share of the padded tokens of these micro-batches that are padding, 0 to 1; 0 without any token.
-
-    Args:
-        lengths: (N,) int64, tokens of each sequence.
-        parts: row numbers of each micro-batch, as ``cut`` returns them.
-        per_row: adjacent sequences that make a row.
-    """
-    longest = _row_lengths(lengths, per_row)
-    real = sum(int(lengths.view(-1, per_row)[rows].sum()) for rows in parts)
-    padded = sum(int(longest[rows].max()) * len(rows) * per_row for rows in parts if len(rows))
-    return 1 - real / padded if padded else 0.0
-
-
 def _row_lengths(lengths: Tensor, per_row: int) -> Tensor:
     """(R,) int64, tokens of the longest sequence of each row."""
     if len(lengths) % per_row:

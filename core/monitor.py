@@ -72,14 +72,14 @@ class Monitor:
         """The metric's value in a log line; None for a line without it.
 
         Args:
-            run: the run; whether it has held-out data is looked at.
+            run: the run; its held-out data, its rewards and who else evaluates are looked at.
             metrics: the line.
 
         Raises:
             ConfigError: the metric is in no line so far, and every kind of line has been seen.
         """
         self.names |= set(metrics) - {"step"}
-        if self.metric not in self.names and self._complete(run):
+        if self.metric not in self.names and not self._may_come(run) and self._complete(run):
             raise self._unknown(run)
         return metrics.get(self.metric)
 
@@ -101,7 +101,15 @@ class Monitor:
         trained = any(not name.startswith("eval/") for name in self.names)
         if evaluated and self.metric.startswith("eval/"):
             return True
-        return trained and (evaluated or run.eval_data is None)
+        evaluates = run.eval_data is not None or run.events.heard("on_evaluate")
+        return trained and (evaluated or not evaluates)
+
+    def _may_come(self, run: Any) -> bool:
+        """Whether it is a reward's mean, which a line lacks where no completion could be scored."""
+        rewards, name = run.studio.rewards, self.metric.removeprefix("eval/")
+        if rewards is None or (name != self.metric and run.eval_data is None):
+            return False
+        return name == "reward" or name in {f"reward/{reward.name}" for reward in rewards.rewards}
 
     def _unknown(self, run: Any) -> ConfigError:
         names = sorted(self.names)

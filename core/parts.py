@@ -66,7 +66,7 @@ class Parts:
         failed_saves: checkpoints in a row that could not be written.
         protected: steps whose checkpoints stay, whatever ``save_total_limit`` says.
         final_checkpoint: the checkpoint whose policy the run ends with; None for the policy as it is.
-        reported: the last step whose evaluation and log line, if due, are done.
+        reported: the last step whose evaluation and log line, if due, are written.
         fingerprints: option → fingerprint of the files that it names.
         callback_states: state in the checkpoint of callbacks that are not there; one that is added takes it.
     """

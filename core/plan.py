@@ -217,10 +217,12 @@ def memory_before_loading(checked: Checked, model: Any) -> list[str]:
     settings, algorithm = checked.config.settings, checked.algorithm
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if model is None:
-        model = empty_model(checked.model_config, settings, resolve_dtype(settings, device))
+        dtype, classifier = resolve_dtype(settings, device), "reward" in algorithm.needs
+        model = empty_model(checked.model_config, settings, dtype, classifier=classifier)
     kind = "none"
     if algorithm.needs & {"reference", "kl"}:
-        kind = "model" if settings.reference_model else "adapter off" if settings.lora_r else "copy"
+        adapted = "adapter" if settings.adapter else "adapter off" if settings.lora_r else "copy"
+        kind = "model" if settings.reference_model else adapted
     sizes: dict[str, Any] = {"reference": kind, "device": device}
     on, why = settings.gradient_checkpointing is True, "as asked for"
     if settings.gradient_checkpointing == "auto":

@@ -105,8 +105,8 @@ def joint_advantages(rewards: Tensor, weights: Tensor, groups: Tensor, total: To
     """Of several rewards: each scaled within its group, then added by weight, then whitened (N,) (GDPO).
 
     Args:
-        rewards: (N, M) M rewards of each completion, NaN for one that does not apply; a completion without
-            any has advantage NaN.
+        rewards: (N, M) M rewards of each completion, NaN for one that does not apply; a completion to which
+            none of a weight other than 0 applies has advantage NaN.
         weights: (M,) of the rewards.
         groups: (N,) int64, as in ``leave_one_out``.
         total: sum over all processes.
@@ -117,7 +117,7 @@ def joint_advantages(rewards: Tensor, weights: Tensor, groups: Tensor, total: To
     for values, weight in zip(rewards.unbind(1), weights.double(), strict=True):
         difference, deviation = _in_groups(values, groups)
         combined = combined + weight * (difference / (deviation + TINY)).nan_to_num()
-    combined[rewards.isnan().all(1)] = torch.nan
+    combined[rewards[:, weights != 0].isnan().all(1)] = torch.nan
     _, mean, variance = moments(combined[~combined.isnan()], total)
     return ((combined - mean) / (variance.sqrt() + TINY)).float()
 

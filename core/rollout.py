@@ -16,8 +16,8 @@ from rlx.core.errors import DivergedError, MemoryExhausted
 from rlx.core.kv_cache import rows_that_fit
 from rlx.core.logprobs import full_kl, score
 from rlx.core.memory import kept_budget
-from rlx.core.meter import total
 from rlx.core.overlap import Overlap, overlap, telling
+from rlx.core.peers import total_heard
 from rlx.core.precision import generation_precision
 from rlx.core.streams import stream_seed
 from rlx.plugins.contract import Completions, Sampling
@@ -51,6 +51,7 @@ class Studio:
         stop_token_ids: tokens that end a completion.
         budget: tokens of a forward pass that measures log-probs or values.
         judge: what compares the completions of a prompt, or None.
+        temperature: of the log-probs that are measured; None for that of sampling.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class Studio:
         stop_token_ids: tuple[int, ...],
         budget: int,
         judge: JudgeRunner | None = None,
+        temperature: float | None = None,
     ) -> None:
         self.policy, self.reference, self.generator, self.rewards = policy, reference, generator, rewards
         self.judge = judge
         self.settings, self.accelerator, self.clock = settings, accelerator, Clock()
         self.budget = budget  # halves when memory runs out
+        self.temperature = settings.temperature if temperature is None else temperature
         self.sampling = Sampling(
             max_new_tokens=settings.max_completion_length,
             temperature=settings.temperature,
@@ -103,11 +106,12 @@ class Studio:
         ):
             self.generator.sync(self.policy)
             while True:
+                # Not where memory ran out: what had filled it is still held there, and little seems to fit.
+                rows = min(self.sampling.batch_size or self._rows(prompts, n), len(prompts) * n)
                 try:
                     sampling = replace(self.sampling, greedy=greedy)
                     return self.generator.generate(prompts.ids, n, sampling, seeds, **telling(early))
                 except torch.OutOfMemoryError as error:
-                    rows = min(self.sampling.batch_size or self._rows(prompts, n), len(prompts) * n)
                     if rows <= 1:
                         raise exhausted("sampling one completion") from error
                 # Here the error is gone, and with it what its frames held of the GPU's memory.
@@ -118,7 +122,7 @@ class Studio:
 
     def _rows(self, prompts: Prompts, n: int) -> int:
         """Completions that are sampled at a time if nobody says how many: all, or as many as seem to fit."""
-        longest = max(map(len, prompts.ids)) + self.sampling.max_new_tokens
+        longest = max(map(len, prompts.ids), default=0) + self.sampling.max_new_tokens
         return min(len(prompts) * n, rows_that_fit(self.policy.base, longest, self.accelerator.device))
 
     def roll_out(
@@ -286,7 +290,7 @@ class Studio:
                 model,
                 self.reference.active,
                 sequences,
-                temperature=self.settings.temperature,
+                temperature=self.temperature,
                 token_budget=self.budget,
                 accelerator=self.accelerator,
             )
@@ -317,7 +321,7 @@ class Studio:
 
     def _score(self, sequences: Sequences, model: str, needs: Collection[str], logps: bool) -> Scores:
         options: dict[str, Any] = {
-            "temperature": self.settings.temperature,
+            "temperature": self.temperature,
             "token_budget": self.budget,
             "accelerator": self.accelerator,
             "entropy": "entropy" in needs,
@@ -359,7 +363,7 @@ class RunScorer:
 
     def total(self, values: Tensor) -> Tensor:
         """The element-wise sum of values over all processes."""
-        return total(self.studio.accelerator, values)
+        return total_heard(self.studio.accelerator, values)
 
 
 def free_cache() -> None:

@@ -18,7 +18,7 @@ from rlx.core.fingerprints import ACCEPTED
 from rlx.core.folder import COMPLETIONS, METRICS, RunFolder, read_manifest
 from rlx.core.manifest import changed_plugins
 from rlx.core.recompute import recomputes
-from rlx.core.session import session
+from rlx.core.session import give_back, session
 from rlx.core.signals import Signals
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def reopen(folder: str | Path, overrides: Mapping[str, Any] | None = None, **obj
         begin(run)
     except BaseException:
         if run is not None:
-            run.studio.close()
+            give_back(run)
         if owned is not None:
             owned.close()
         raise

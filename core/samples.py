@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def samples(rollouts: Rollouts, limit: int) -> list[dict[str, Any]]:
     order = [*sorted(firsts.values()), *sorted(set(range(len(groups))) - set(firsts.values()))]
     chosen = order if limit < 0 else order[:limit]
     finished = rollouts.finished.tolist()
-    score = [math.nan] * len(groups) if rollouts.score is None else rollouts.score.tolist()
+    score = [math.nan] * len(groups) if rollouts.score is None else rollouts.total_score.tolist()
     rewards = {name: values.tolist() for name, values in (rollouts.rewards or {}).items()}
     told = rollouts.reward_columns or {}
     prompts, tokens = rollouts.prompts, _completion_ids(rollouts, chosen)
@@ -73,16 +74,40 @@ def samples(rollouts: Rollouts, limit: int) -> list[dict[str, Any]]:
     ]
 
 
-def without_rows(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for others to see: of rows that were given in Python only their number is left."""
-    out = dict(options)
-    for name in DATA:
-        value = out.get(name)
-        if isinstance(value, list) and not all(
-            isinstance(one, Mapping) and "fraction" in one for one in value
-        ):
-            out[name] = f"{len(value)} rows given in Python"
-    return out
+def without_rows(options: Mapping[str, Any], hidden: Collection[str] = ()) -> dict[str, Any]:
+    """Options for others to see: what a data set given in Python holds is left out.
+
+    Options of components are looked through as well: a callback may have data of its own.
+
+    Args:
+        options: as the config has them, at any depth.
+        hidden: names of texts of which only the length is told.
+    """
+    return {name: _shown(name, value, hidden) for name, value in options.items()}
+
+
+def _shown(name: str, value: Any, hidden: Collection[str]) -> Any:
+    if name in hidden and isinstance(value, str) and value:
+        return f"{len(value)} characters"
+    if name in DATA and not _names_data(value):
+        count = f"{len(value)} rows" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+        return f"{count} given in Python"
+    if isinstance(value, Mapping):
+        return without_rows(value, hidden)
+    if isinstance(value, list | tuple):
+        return [_shown("", one, hidden) for one in value]
+    return value
+
+
+def _names_data(value: Any) -> bool:
+    """Whether a value of a data option says where rows are, instead of holding them."""
+    if isinstance(value, list):  # a mixture
+        return bool(value) and all(
+            isinstance(one, Mapping) and "fraction" in one and _names_data(one) for one in value
+        )
+    if isinstance(value, Mapping):
+        return isinstance(value.get("name"), str)
+    return value is None or isinstance(value, str | Path)
 
 
 def _completion_ids(rollouts: Rollouts, chosen: list[int]) -> list[list[int]]:

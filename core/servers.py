@@ -121,7 +121,7 @@ def read_retry_after(text: str, now: float) -> float | None:
 
 
 def pause(tries: int, asked: float | None, longest: float) -> float:
-    """Seconds before the next try: what the server asks for, else a random part of a doubling wait.
+    """Seconds before the next try: what the server asks for, else a doubling wait, less up to half of it.
 
     Args:
         tries: how many there were, at least 1.
@@ -130,7 +130,8 @@ def pause(tries: int, asked: float | None, longest: float) -> float:
     """
     if asked is not None:
         return min(asked, longest) + _JITTER.uniform(0, min(FIRST_WAIT, longest))
-    return _JITTER.uniform(0, min(FIRST_WAIT * 2 ** min(tries - 1, 60), longest))
+    most = min(FIRST_WAIT * 2 ** min(tries - 1, 60), longest)
+    return _JITTER.uniform(most / 2, most)
 
 
 def excerpt(body: bytes) -> str:

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import checkpoint, manifest, snapshot
+from rlx.core.closing import close_all, made
 from rlx.core.errors import Interrupted, RlxError, SaveError
+from rlx.core.meter import largest
 from rlx.core.peers import agreed
 from rlx.core.text import safe_text
 
@@ -35,6 +37,8 @@ def session(run: Run, signals: Signals | None = None) -> Iterator[Run]:
     try:
         run.events.emit("on_run_start", run=run)
         yield run
+        if run.stopping and run.boundary and run.global_step < run.total_steps:
+            snapshot.attempt(run)  # so that it can go on, should somebody ask for more steps
         _keep(run)
         status, code = "finished", 0
     except BaseException as raised:
@@ -60,7 +64,7 @@ def session(run: Run, signals: Signals | None = None) -> Iterator[Run]:
 def close(run: Run, status: str, exit_code: int) -> None:
     """Give back the folder and what the studio holds; the manifest says how the run ended."""
     try:
-        run.studio.close()
+        give_back(run)
     finally:
         if run.folder is not None:
             seconds = time.perf_counter() - run.journal.began
@@ -70,6 +74,12 @@ def close(run: Run, status: str, exit_code: int) -> None:
                 )
             finally:
                 run.folder.close()
+
+
+def give_back(run: Run) -> None:
+    """Give back what the studio holds, and, where a run never began and so never ends, its callbacks."""
+    callbacks = [] if run.events.begun else made(run.events.callbacks, run.config.callbacks)
+    close_all(run.studio, *callbacks)
 
 
 def _at_once(run: Run, signals: Signals | None) -> Interrupted:
@@ -110,9 +120,11 @@ def _tell(run: Run, error: BaseException, event: str, /, **given: Any) -> None:
 
 def _rescue(run: Run, error: BaseException) -> None:
     """After a failure between two steps, or before the first optimizer step of one, nothing need be lost."""
-    done = run.global_step > 0 and not (run.path / f"checkpoint-{run.global_step}").exists()
-    alone = run.accelerator.num_processes > 1 and not run.together  # the others may be anywhere
-    if isinstance(error, Interrupted | SaveError) or alone or not (run.boundary and done):
+    if run.accelerator.num_processes > 1 and not run.together:
+        return  # the others may be anywhere
+    lost = run.boundary and run.global_step > 0 and run.saved != run.global_step
+    # Errors differ between processes: one that cannot write is told as such where it happens alone.
+    if largest(run.accelerator, float(isinstance(error, Interrupted | SaveError) or not lost)):
         return
     try:
         path = snapshot.save(run)

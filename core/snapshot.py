@@ -44,6 +44,12 @@ def save(run: Run) -> Path | None:
         SaveError: it could not be written; older checkpoints are as they were.
         ValueError: in the middle of a step.
     """
+    path = _write(run)
+    _tell(run, path)
+    return path
+
+
+def _write(run: Run) -> Path | None:
     if not run.boundary:
         raise ValueError("a checkpoint is taken between two steps, not inside one")
     ranks = [_of_this_process(run)]
@@ -63,10 +69,14 @@ def save(run: Run) -> Path | None:
         ),
     )
     run.saved, run.saving, run.failed_saves = run.global_step, False, 0
+    return path
+
+
+def _tell(run: Run, path: Path | None) -> None:
+    """A callback that fails ends the run, on all processes: the checkpoint is there all the same."""
     with agreed(run, "a callback, after the checkpoint was saved"):
         if path is not None:
             run.events.emit("on_save", run=run, path=path)
-    return path
 
 
 def attempt(run: Run, *, must: bool = False) -> None:
@@ -78,18 +88,21 @@ def attempt(run: Run, *, must: bool = False) -> None:
 
     Raises:
         SaveError: it could not be written, and must is set or it is one failure too many.
+        Exception: what a callback raised once it was written.
     """
     run.saving = False
     if run.saved == run.global_step:
         return
     try:
-        save(run)
+        path = _write(run)
     except SaveError as error:
         run.failed_saves += 1
         if must or run.failed_saves >= FAILED_SAVES:
             raise
         failed = f"{run.failed_saves} of {FAILED_SAVES}"
         run.say(f"checkpoint not saved, training goes on ({failed}): {error}")
+    else:
+        _tell(run, path)
 
 
 def together(run: Run, write: Callable[[RunFolder], T]) -> T | None:

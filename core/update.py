@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from rlx.plugins.contract import Algorithm
 
 SKIPS_IN_A_ROW = 3
+MESSAGE = 2**28  # bytes of gradients that processes add up at a time
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Updater:
             MemoryExhausted: one row alone does not fit.
             PeerError: the loss failed on another process.
         """
-        sizes = {by: self.count(batch, by) for by in self.algorithm.loss_per}
+        sizes = self.sizes(batch)
         while True:
             meter, value, fits = self.accumulate(batch, sizes)
             if fits:
@@ -131,6 +132,10 @@ class Updater:
         """Count mini-batches as gone through; the schedule goes on, whether the weights moved or not."""
         self.done += count
         place_scheduler(self.scheduler, self.done)
+
+    def sizes(self, batch: Batch) -> dict[str, float]:
+        """What each loss term is divided by: its count over all processes, at least 1."""
+        return {by: self.count(batch, by) for by in self.algorithm.loss_per}
 
     def count(self, batch: Batch, by: str) -> float:
         """The count of one loss term over all processes, at least 1."""
@@ -213,9 +218,8 @@ class Updater:
         return micro_batches(trunks, sequences, self.budget, batch.per_row)
 
     @torch.no_grad()
-    def measure(self, batch: Batch) -> tuple[torch.Tensor, Meter]:
-        """This process's loss on a batch, (), and its metrics; nothing is trained."""
-        sizes = {by: self.count(batch, by) for by in self.algorithm.loss_per}
+    def measure(self, batch: Batch, sizes: dict[str, float]) -> tuple[torch.Tensor, Meter]:
+        """This process's loss on a batch, (), and its metrics; nothing is trained, nobody waited for."""
         meter, value = Meter(), torch.zeros((), device=self.accelerator.device)
         with self.policy.active():
             for part in self.losses(batch, sizes, meter):
@@ -327,7 +331,7 @@ def knows_idle(algorithm: Algorithm) -> bool:
 
 
 def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
-    """Add up the gradients of all processes, in one message a dtype.
+    """Add up the gradients of all processes, in messages of ``MESSAGE`` bytes: more is held several times.
 
     Losses are divided by global counts, so the sum is the gradient of the whole mini-batch. Unlike a wrapper
     that reduces during backward, this lets processes have different numbers of micro-batches, or none.
@@ -341,7 +345,23 @@ def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator
             parameter.grad = torch.zeros_like(parameter)
     if alone:
         return
-    for dtype in {parameter.dtype for parameter in parameters}:
-        grads = [p.grad for p in parameters if p.grad is not None and p.dtype == dtype]
+    for part in _messages(parameters):
+        grads = [parameter.grad for parameter in part if parameter.grad is not None]
         flat = total(accelerator, torch.nn.utils.parameters_to_vector(grads))
         torch.nn.utils.vector_to_parameters(flat, grads)
+
+
+def _messages(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters that are reduced together, the same on all processes: of one type, ``MESSAGE`` bytes."""
+    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+        part: list[torch.nn.Parameter] = []
+        size = 0
+        for parameter in parameters:
+            if parameter.dtype != dtype:
+                continue
+            if part and size + parameter.nbytes > MESSAGE:
+                yield part
+                part, size = [], 0
+            part.append(parameter)
+            size += parameter.nbytes
+        yield part

@@ -150,7 +150,9 @@ def rlx_validate(config: Any) -> None:
         check_settings = load("rlx.plugins.generators.paged:check_settings")
         check_settings(config.settings)
     scoring = [component.ref for component, _ in config.rewards] + [part.ref for part in config.callbacks]
-    if config.judge is not None or {"lora", "win_rate"} & set(scoring):
+    # An object that Python was given may be unhashable, or compare in a way of its own.
+    asked = any(isinstance(ref, str) and ref in ("lora", "win_rate") for ref in scoring)
+    if config.judge is not None or asked:
         check_policy = load("rlx.rewards.lora:check_policy")
         check_policy(config)
     if config.settings.report_to:

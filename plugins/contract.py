@@ -269,9 +269,9 @@ class Callback:
         """Take back what ``state_dict`` gave."""
 
     def close(self) -> None:
-        """Give back what it holds; called where it was built for a run and none comes of it.
+        """Give back what it holds; called where it was built for a run that did not begin.
 
-        At the end of a run ``on_run_end`` is told instead.
+        At the end of one that did ``on_run_end`` is told instead.
         """
 
 

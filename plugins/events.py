@@ -36,6 +36,7 @@ class Events:
             the callbacks failed on one; None for none.
 
     Attributes:
+        begun: whether ``on_run_start`` was told.
         disabled: callback name → why it was switched off, for observers that failed.
     """
 
@@ -50,7 +51,7 @@ class Events:
         self._manager.add_hookspecs(RunEvents)
         self._arguments = arguments(RunEvents)
         self._callbacks: dict[str, Any] = {}
-        self._going = False  # between on_run_start and on_run_end
+        self._going = self.begun = False  # the first: between on_run_start and on_run_end
         self.disabled: dict[str, str] = {}
 
     @property
@@ -114,6 +115,10 @@ class Events:
             raise ValueError(safe_text(several if found else none))
         return found[0]
 
+    def heard(self, event: str) -> bool:
+        """Whether any callback is called for an event."""
+        return bool(self._implementations(event, list(self._callbacks)))
+
     def begin(self, name: str, run: Any) -> None:
         """Tell ``on_run_start`` to a callback that came late; nothing happens before the run has begun."""
         self._tell_one(name, "on_run_start", run)
@@ -155,6 +160,7 @@ class Events:
             )
         if event in ("on_run_start", "on_run_end"):
             self._going = event == "on_run_start"
+            self.begun = self.begun or self._going
         impls = self._implementations(event, list(self._callbacks))
         with self._within():
             if self._agreed is None or event not in AGREED:

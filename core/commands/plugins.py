@@ -23,7 +23,7 @@ from rlx.plugins import loading
 from rlx.plugins.contract import KINDS
 from rlx.plugins.discovery import Broken
 from rlx.plugins.kinds import kind_of
-from rlx.plugins.references import config_of, resolve
+from rlx.plugins.references import config_of, resolve, spelt_out
 from rlx.plugins.registry import Entry, Registry, registry
 
 app = typer.Typer(
@@ -115,6 +115,7 @@ def info(
     kind = before[0] if before else kind
     found = registry()
     found.list(kind)  # refuses an unknown kind
+    ref, _ = spelt_out(kind or "reward", ref)  # the URL of a reward server, lora:DIR
     if ref in found.broken:
         described = [_broken_data(found.broken[ref])]
     elif ":" in ref:

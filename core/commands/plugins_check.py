@@ -52,6 +52,7 @@ def check_plugin(
 ) -> None:
     """Check that a component keeps the contract of its kind: one line a case, exit code 4 if one failed."""
     from rlx.plugins.kinds import kind_of
+    from rlx.plugins.references import spelt_out
 
     os.environ.setdefault(
         "OMP_NUM_THREADS", "1"
@@ -61,9 +62,10 @@ def check_plugin(
         if shown:
             print(safe_text(shown.rstrip(), 20_000, keep_newlines=True))
         raise error
+    ref, held = spelt_out(kind or "reward", ref)  # the URL of a reward server, lora:DIR
     kind = kind or kind_of(ref)
     chosen = [find(kind, name) for name in only or ()] or cases(kind)
-    given = _typed(ref, kind, pairs("--option", option)) if option else {}
+    given = held | (_typed(ref, kind, pairs("--option", option)) if option else {})
     rows = _rows(data) if data else None
     width = max(len(one.name) for one in chosen)
 

@@ -37,7 +37,11 @@ def resume(
         name = shlex.quote(safe_text(folder))
         print(f"{name} is finished; nothing is left to do")
         print(f"look at it:        rlx show {name}")
-        print(f"train it further:  rlx resume {name} --override max_steps=N")
+        if any(folder.glob("checkpoint-*")):
+            print(f"train it further:  rlx resume {name} --override max_steps=N")
+        else:
+            flag = "--adapter" if (folder / "adapter_config.json").is_file() else "--model"
+            print(f"train it further:  rlx run {flag} {name} …; it kept no checkpoint (save_steps)")
         return
     with crash_report(folder):
         from rlx.core.run import reopen

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import string
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -226,6 +227,8 @@ def _why(failure: ServerError) -> str:
 def read_verdict(reply: str, labels: list[str]) -> int | None:
     """The place of the one label that stands in the last line of a reply, as a word of its own.
 
+    Large or small letters are the same, but for a label of one letter within a sentence: "a" is a word, too.
+
     Args:
         reply: what the model wrote.
         labels: the words for the first and the second answer.
@@ -235,6 +238,9 @@ def read_verdict(reply: str, labels: list[str]) -> int | None:
     """
     lines = [line for line in reply.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
-    words = [rf"(?<![\w.-]){re.escape(label)}(?!\w|\.\d)" for label in labels]
-    found = [bool(re.search(word, last, re.IGNORECASE)) for word in words]
+    sentence = len(last.strip(string.punctuation + string.whitespace)) > 1
+    found = []
+    for label in labels:
+        same = re.NOFLAG if sentence and len(label) == 1 else re.IGNORECASE
+        found.append(bool(re.search(rf"(?<![\w.-]){re.escape(label)}(?!\w|\.\d)", last, same)))
     return found.index(True) if sum(found) == 1 else None

@@ -115,6 +115,9 @@ def test_a_run_ends_well_before_its_last_step_and_stays_finished(tmp_path, capsy
     assert ended(tmp_path / "run") == ("finished", 0, reason)
     assert (tmp_path / "run" / "model.safetensors").is_file()
     assert rlx.resume(tmp_path / "run").plan[0].endswith("nothing is left to do")
+    # No save_steps: the checkpoint of the step at which it was stopped is there all the same.
+    further = rlx.resume(tmp_path / "run", {"max_steps": 8})
+    assert [line["step"] for line in further.metrics] == [0, 1, 2, 3]
 
 
 def test_a_run_that_a_callback_stops_between_evaluations_is_evaluated_at_its_end(tmp_path):

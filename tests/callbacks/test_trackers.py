@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import socket
 
 import pytest
@@ -67,6 +68,26 @@ def test_a_mixture_of_named_data_sets_is_an_option_and_secrets_are_none():
     mixture = [{"name": "wordmath", "fraction": 0.5}]
     shown = public({"dataset": mixture, "hub_token": "hf_abcdefghijklmnop", "seed": 3, "plots": True})
     assert shown == {"dataset": str(mixture), "hub_token": "<redacted>", "seed": 3, "plots": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"callback": [{"name": "win_rate", "dataset": [{"prompt": "SECRET"}] * 3}]},
+        {"callback": [{"name": "win_rate", "dataset": {"train": [{"prompt": "SECRET"}]}}]},
+        {"transform": [{"name": "chat_template", "system_prompt": "SECRET"}]},
+        {"dataset": [{"prompt": "SECRET", "fraction": 0.5}]},
+        {"eval_dataset": ({"prompt": "SECRET"},)},
+    ],
+)
+def test_rows_and_system_prompts_stay_out_wherever_they_stand(options):
+    from rlx.core.samples import without_rows
+
+    assert "SECRET" not in repr(public(options))
+    assert (
+        "SECRET" not in repr(without_rows(options)) or "transform" in options
+    )  # the card may tell the prompt
+    assert "given in Python" in repr(public(options)) or "6 characters" in repr(public(options))
 
 
 def test_nothing_is_tracked_by_default(make_run):
@@ -147,14 +168,12 @@ def test_tensorboard_shows_what_was_logged(tmp_path, asked):
 
 def test_a_resumed_run_shows_each_step_once_in_tensorboard(tmp_path):
     run = rlx.prepare(**{**short(tmp_path / "run", "tensorboard"), "max_steps": 4})
-    lost = tmp_path / "run" / "checkpoint-2"
     with pytest.raises(KeyError), run:
         run.step()
         run.save()
-        run.step()  # logged, and lost with the process:
-        lost.mkdir()  # in its way, no checkpoint of this step is written
+        run.step()
         raise KeyError
-    lost.rmdir()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")  # as if lost with the process
     rlx.resume(tmp_path / "run")
     shown = scalars(tmp_path / "run")[1]
     assert [step for step, _ in shown["loss"]] == [1, 2, 3, 4] and shown == logged(tmp_path / "run")

@@ -209,6 +209,19 @@ def test_a_dry_run_prints_the_plan(words, stack, capsys):
     assert "a plan" in capsys.readouterr().out
 
 
+def test_resume_of_a_finished_run_says_how_it_can_go_on(stack, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text('{"status": "finished"}')
+    for made, said in (
+        (None, f"rlx run --model {tmp_path} …"),
+        ("adapter_config.json", f"rlx run --adapter {tmp_path} …"),
+        ("checkpoint-3", f"rlx resume {tmp_path} --override max_steps=N"),
+    ):
+        if made is not None:
+            (tmp_path / made).mkdir() if made.startswith("checkpoint") else (tmp_path / made).write_text("{}")
+        assert main(["resume", str(tmp_path)]) == 0
+        assert said in capsys.readouterr().out and stack == []
+
+
 def test_resume_hands_over_folder_and_overrides(stack):
     assert main(["resume", "runs/x", "--override", "learning-rate=1e-5", "--override", "data"]) == 0
     assert stack == [("resume", Path("runs/x"), {"learning_rate": "1e-5", "data": True}), ("train",)]

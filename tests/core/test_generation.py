@@ -334,20 +334,6 @@ def test_virtual_tokens_stand_before_the_prompt_once(kind, plain, caplog):
         torch.testing.assert_close(torch.tensor(logps), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_progress_counts_every_completion(llama):
-    seen: list[tuple[int, int]] = []
-    generate(
-        llama,
-        PROMPTS,
-        2,
-        Sampling(NEW, stop_token_ids=tuple(range(20))),
-        [0] * 4,
-        batch_size=3,
-        on_progress=lambda done, total: seen.append((done, total)),
-    )
-    assert seen[-1] == (8, 8) and seen == sorted(set(seen))
-
-
 @pytest.mark.parametrize("batch_size", [None, 3])
 @pytest.mark.parametrize("plain", [False, True])
 def test_each_completion_is_told_once_as_it_is_returned(llama, plain, batch_size):

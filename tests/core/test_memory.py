@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+import rlx
 from rlx.core import memory
 from rlx.core.models import load_policy
 from rlx.core.optim import build_optimizer
@@ -69,6 +70,25 @@ def test_a_configuration_alone_gives_the_numbers_of_the_loaded_model(lora_r, tie
     assert loaded.parts == planned.parts and loaded.peak == planned.peak
     assert planned.loaded == 0 and loaded.loaded == loaded.parts["weights"]
     assert all(p.device.type == "meta" for p in empty.parameters())
+
+
+def test_an_adapter_in_a_folder_counts_as_the_one_that_is_loaded(tmp_path):
+    load_policy(Settings(lora_r=4)).save_pretrained(tmp_path / "adapter")
+    chosen = Settings(adapter=str(tmp_path / "adapter"))
+    policy = load_policy(chosen)
+    empty = memory.empty_model(policy.base.config, chosen, torch.float32)
+    sizes = {"token_budget": 64, "generation_rows": 4, "device": torch.device("cpu")}
+    loaded, planned = (memory.estimate(model, chosen, **sizes) for model in (policy.model, empty))
+    assert loaded.parts == planned.parts and all(p.device.type == "meta" for p in empty.parameters())
+    pairs = [{"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}] * 8
+    given = {"algo": "dpo", "dataset": pairs, "chat_template": "none", "output_dir": str(tmp_path / "run")}
+    full, adapted = (
+        rlx.run(**given, **more, dry_run=True).plan for more in ({}, {"adapter": chosen.adapter})
+    )
+    assert [any("reference" in line and "iB" in line for line in plan) for plan in (full, adapted)] == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("kind", ["copy", "adapter off", "model"])

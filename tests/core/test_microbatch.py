@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlx.core.microbatch import cut, padding_waste
+from rlx.core.microbatch import cut
 
 LENGTHS = st.lists(st.integers(0, 60), max_size=40)
 
@@ -16,8 +16,6 @@ def test_cut_by_hand() -> None:
     # Sorted: 9 | 5 4 | 2 2 1. Budget 10: 9 alone; two of 5; then 4 rows of 2 would fit, three are left.
     parts = cut(torch.tensor([2, 9, 4, 2, 5, 1]), budget=10)
     assert [part.tolist() for part in parts] == [[1], [4, 2], [0, 3, 5]]
-    # Padded 9 + 10 + 6 = 25 tokens hold 23 real ones.
-    assert padding_waste(torch.tensor([2, 9, 4, 2, 5, 1]), parts) == pytest.approx(2 / 25)
 
 
 def test_a_pair_is_never_parted() -> None:
@@ -39,7 +37,6 @@ def test_every_row_once_and_within_the_budget(lengths: list[int], budget: int, p
     longest = [max(lengths[row * per_row : (row + 1) * per_row]) for row in rows]
     assert longest == sorted(longest, reverse=True)
     assert [part.tolist() for part in cut(flat, budget, per_row)] == [part.tolist() for part in parts]
-    assert 0 <= padding_waste(flat, parts, per_row) < 1
 
 
 @given(LENGTHS, st.integers(60, 300))
@@ -52,7 +49,6 @@ def test_no_micro_batch_could_have_taken_one_row_more(lengths: list[int], budget
 def test_nothing_to_cut() -> None:
     none = torch.zeros(0, dtype=torch.long)
     assert cut(none, 8) == []
-    assert padding_waste(none, []) == 0
 
 
 def test_refuses_half_a_pair_and_no_budget() -> None:

@@ -9,9 +9,30 @@ import pytest
 
 from rlx.core.errors import ConfigError
 from rlx.core.monitor import Monitor, direction
+from rlx.plugins.events import Events
+from rlx.plugins.hookspecs import hookimpl
 
 TRAINED, EVALUATED = {"step": 1, "loss": 0.5, "reward": 1.0}, {"step": 0, "eval/reward": 0.4}
-HELD_OUT, NONE = SimpleNamespace(eval_data=[1]), SimpleNamespace(eval_data=None)
+
+
+class Judging:
+    """Evaluates by itself."""
+
+    @hookimpl
+    def on_evaluate(self):
+        return {"eval/win_rate": 0.5}
+
+
+def a_run(eval_data=None, rewards=(), callbacks=()):
+    """What a monitor looks at."""
+    events = Events()
+    for callback in callbacks:
+        events.add(callback)
+    runner = SimpleNamespace(rewards=[SimpleNamespace(name=name) for name in rewards]) if rewards else None
+    return SimpleNamespace(eval_data=eval_data, events=events, studio=SimpleNamespace(rewards=runner))
+
+
+HELD_OUT, NONE = a_run([1]), a_run()
 
 
 @pytest.mark.parametrize(
@@ -63,6 +84,30 @@ def test_a_line_without_the_metric_is_passed_over_as_long_as_it_may_still_come()
     watch = Monitor("loss", "auto", "me")
     assert watch.read(HELD_OUT, EVALUATED) is None
     assert watch.read(HELD_OUT, TRAINED) == 0.5
+
+
+def test_a_reward_that_scored_nothing_so_far_is_waited_for():
+    """A line has no mean of it then; FAULTS tolerate iterations without a score."""
+    unscored = [{"step": 0, "eval/completion/length": 9.0}, {"step": 1, "completion/length": 9.0}]
+    for metric in ("reward", "reward/strict", "eval/reward", "eval/reward/strict"):
+        watch, run = Monitor(metric, "max", "me"), a_run([1], ["strict"])
+        assert [watch.read(run, line) for line in unscored] == [None, None]
+        assert watch.read(run, {"step": 2, metric: 0.5}) == 0.5
+    for metric, run in (
+        ("reward/strickt", a_run([1], ["strict"])),
+        ("reward", a_run([1])),
+        ("eval/reward", a_run(None, ["strict"])),
+    ):
+        watch = Monitor(metric, "max", "me")
+        with pytest.raises(ConfigError, match="logs no metric"):
+            [watch.read(run, line) for line in unscored]
+
+
+def test_a_metric_of_an_evaluation_is_waited_for_where_a_callback_evaluates():
+    watch = Monitor("eval/win_rate", "max", "me")
+    assert watch.read(a_run(callbacks=[Judging()]), TRAINED) is None
+    with pytest.raises(ConfigError, match="logs no metric"):
+        watch.read(NONE, TRAINED)
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,17 @@ def test_two_rewards_are_scaled_each_by_itself():
     assert got[4].isnan()
 
 
+def test_a_reward_that_only_measures_makes_nothing_scorable():
+    """Of weight 0: the third completion has that one alone, and so no advantage, as without it."""
+    rewards = torch.tensor([[1.0, 5.0], [2.0, 6.0], [NAN, 7.0], [4.0, NAN]])
+    groups = torch.tensor([0, 0, 0, 0])
+    got = joint_advantages(rewards, torch.tensor([1.0, 0.0]), groups)
+    torch.testing.assert_close(
+        got, joint_advantages(rewards[:, :1], torch.tensor([1.0]), groups), equal_nan=True
+    )
+    assert got.isnan().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_no_completion_has_no_advantage(scale):
     nothing, nowhere = torch.zeros(0), torch.zeros(0, dtype=torch.long)

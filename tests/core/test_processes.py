@@ -55,7 +55,12 @@ def test_fault_x1_x15_a_callback_that_fails_on_one_process_ends_both(small):
     assert {f"process {process}: observer ended well" for process in (0, 1)} <= set(said)
     assert any(line.startswith("process 0: judge ended with PeerError 10") for line in said)
     assert any(line.startswith("process 1: judge ended with RewardError 6") for line in said)
-    assert {"process 0: log ended with OSError", "process 1: log ended with PeerError"} <= set(said)
+    for name, first, second in (
+        ("log", "OSError", "PeerError"), ("full-log", "SaveError", "PeerError"),
+        ("prepare", "HeardError", "OSError"), ("measure", "OSError", "PeerError"),
+    ):  # fmt: skip
+        assert f"process 0: {name} ended with {first}" in said
+        assert f"process 1: {name} ended with {second}" in said
 
 
 @pytest.mark.slow

@@ -251,6 +251,20 @@ def test_a_run_that_cannot_go_on_closes_its_judge(small, held, monkeypatch):
     assert held() == [1, 1]
 
 
+def test_callbacks_of_a_run_that_never_began_are_closed(small, held, monkeypatch):
+    callback, mine = {"name": "win_rate", "rewards": ["held_rewards:Held"], "num_prompts": 2}, Watching()
+    run = prepare(**small(callback=[callback, mine]))
+    run.step()
+    run.close()
+    assert held() == [1] and mine.closed == 0  # an object is its owner's
+    run = prepare(**small(output_dir="again", callback=[callback], save_steps=1, max_steps=1))
+    train(run)
+    monkeypatch.setattr("rlx.core.snapshot.restore", lambda run, path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reopen(run.path)
+    assert held() == [1, 1, 1]
+
+
 def test_a_callback_that_cannot_be_built_is_told_before_weights_load(small, held):
     callback = {"name": "win_rate", "rewards": ["held_rewards:Held", "lora:nowhere"]}
     with pytest.raises(ConfigError, match="'nowhere' does not exist"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import rlx
 from rlx.core.assemble import DEFAULT_CALLBACKS
-from rlx.core.run import reopen
+from rlx.core.run import prepare, reopen, train
 
 
 class Counting:
@@ -133,6 +135,34 @@ def test_one_that_fails_at_its_start_is_not_there_and_one_that_fails_at_its_end_
         assert list(run.callbacks) == BUILT_IN
         run.step()
         run.stop()
+
+
+class Broken(Counting):
+    """Fails, while it is broken, once a line of step 2 has been written."""
+
+    broken = True
+
+    @rlx.hookimpl
+    def on_log(self, metrics):
+        if self.broken and metrics["step"] == 2 and "eval/reward" not in metrics:
+            raise OSError("the disk of a callback is full")
+
+
+def test_a_line_that_was_written_is_not_written_again_after_a_callback_failed(small, monkeypatch):
+    options = small(max_steps=3, logging_steps=2, callback=[f"{__name__}:Broken"])
+    with pytest.raises(OSError, match="is full"):
+        train(prepare(**options))
+    monkeypatch.setattr(Broken, "broken", False)
+    run = reopen(options["output_dir"])
+    train(run)
+    whole = prepare(**options | {"output_dir": "whole"})
+    train(whole)
+
+    def steps(run):
+        lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if "time/" not in k and "second" not in k} for line in lines]
+
+    assert [line["step"] for line in steps(run)] == [0, 2, 3] and steps(run) == steps(whole)
 
 
 def test_one_may_leave_in_the_middle_of_an_event(started):

@@ -90,6 +90,26 @@ def test_what_fails_in_a_with_block_leaves_a_checkpoint_and_says_so(raised, seen
     assert checkpoint.verify(folder / "checkpoint-1") is None
 
 
+def test_a_callback_without_room_for_its_file_is_not_a_checkpoint_without_room(tmp_path, capsys):
+    """The checkpoint is there; that the callback failed ends the run, as any other failure of one does."""
+
+    class Full:
+        @rlx.hookimpl
+        def on_step_end(self, run: Any) -> None:
+            run.saving = True
+
+        @rlx.hookimpl
+        def on_save(self, path: Path) -> None:
+            raise rlx.SaveError("no space left for the callback's file")
+
+    with pytest.raises(rlx.SaveError, match="the callback's file"), prepare(tmp_path / "run", Full()) as run:
+        for _ in run:
+            pass
+    assert "not saved" not in capsys.readouterr().out
+    assert checkpoint.verify(tmp_path / "run" / "checkpoint-1") is None
+    assert ended(tmp_path / "run") == ("failed", 9)
+
+
 def test_a_run_that_is_only_closed_leaves_its_folder_to_others(tmp_path):
     run = prepare(tmp_path / "run", Listening())
     run.step()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rlx
-from rlx.core import snapshot
+from rlx.core import snapshot, update
 from rlx.core.batch import Prompts, Rollouts, Sequences
 from rlx.core.errors import DivergedError, MemoryExhausted
 from rlx.core.run import train
@@ -367,3 +367,19 @@ def test_prompts_of_a_batch_are_those_of_its_rows(started):
     run = started()
     prompts = run.roll_out().prompts
     assert isinstance(prompts, Prompts) and list(prompts.rows) == run.order.rows(0)
+
+
+def test_gradients_of_processes_are_added_up_in_bounded_messages_in_one_order(monkeypatch):
+    """8 bytes a message: floats of 4 bytes two by two, one that is larger alone, other types apart."""
+    monkeypatch.setattr(update, "MESSAGE", 8)
+    sizes = [
+        (1, torch.float32),
+        (1, torch.bfloat16),
+        (1, torch.float32),
+        (5, torch.float32),
+        (1, torch.float32),
+    ]
+    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in sizes]
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    messages = [[places[id(parameter)] for parameter in part] for part in update._messages(parameters)]
+    assert messages == [[0, 2], [3], [4], [1]]

@@ -183,7 +183,11 @@ def some(completions, answer, **columns):
 def test_kinds_of_rewards(reward, options, check):
     result = rlx.run(**options(reward=reward))
     check(result.metrics)
-    assert f"reward/{reward.__name__}" in result.metrics[0]
+    for line in result.metrics:  # also where it is given for single tokens
+        name = "eval/reward" if "eval/reward" in line else "reward"
+        assert line[name] == pytest.approx(line[f"{name}/{reward.__name__}"], abs=1e-6)
+    last = result.completions[-1]
+    assert last["score"] == pytest.approx(last["rewards"][reward.__name__])
 
 
 def test_several_rewards_are_weighed(options, check):

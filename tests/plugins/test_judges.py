@@ -41,6 +41,20 @@ def test_the_higher_reward_wins_and_columns_reach_it():
         ask(judge, pairs)
 
 
+def test_columns_called_like_the_judges_own_parameters_are_left_out():
+    seen = []
+
+    class Everything:
+        def judge(self, prompts, pairs, **columns):
+            seen.append(sorted(columns))
+            return [0] * len(pairs)
+
+    columns = {"prompts": ["x"], "pairs": ["y"], "answer": ["z"]}
+    given = Prompts([[1]], ["p"], [None], columns, [0])
+    assert JudgeRunner("j", Everything()).verdicts(given, [("a", "b")], [([0], [0])], [(0,)]) is not None
+    assert seen == [["answer", "pair_ids", "prompt_texts", "rows"]]
+
+
 def test_rewards_with_options_weights_and_tokens():
     longer = {"name": "length", "target": 9, "penalty": 0.1}
     ids = [([1] * 7, [1] * 5), ([1], [1] * 3)]
@@ -375,8 +389,11 @@ def test_reading_a_verdict(reply, verdict):
 
 
 def test_other_labels():
-    assert read_verdict("I prefer b", ["A", "B"]) == 1
-    assert read_verdict("abba", ["A", "B"]) is None
+    letters = ["A", "B"]
+    assert read_verdict("I prefer B", letters) == read_verdict("B is a better answer", letters) == 1
+    assert read_verdict("b.", letters) == 1 and read_verdict("**a**", letters) == 0
+    assert read_verdict("neither is a clear winner", letters) is read_verdict("abba", letters) is None
+    assert read_verdict("the FIRST one", ["first", "second"]) == 0
 
 
 @pytest.mark.parametrize(

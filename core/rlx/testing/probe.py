@@ -17,6 +17,7 @@ from rlx.core.errors import ConfigError, PluginError, RlxError
 from rlx.core.text import safe_text
 from rlx.plugins import loading
 from rlx.plugins.kinds import kind_of
+from rlx.plugins.references import spelt_out
 from rlx.plugins.registry import registry
 
 FIELDS = ("what", "code", "where", "got", "expected", "hint")
@@ -89,6 +90,7 @@ def main(seconds: float, ref: str, kind: str | None = None) -> None:
     """
     faulthandler.dump_traceback_later(seconds, exit=True)
     try:
+        ref, _ = spelt_out(kind or "reward", ref)
         if ":" in ref:
             loading.load(ref)
         elif ref in registry().broken:

@@ -8,7 +8,10 @@ import rlx
 
 
 class Winners(rlx.Callback):
-    """Appends the completion with the highest score to a file, one JSON object a log line."""
+    """Appends the completion with the highest score to a file, one JSON object a log line.
+
+    A batch without any score has no best one. A resumed run writes lines after its checkpoint once more.
+    """
 
     @dataclass(frozen=True)
     class Config:
@@ -26,6 +29,9 @@ class Winners(rlx.Callback):
     def on_rollouts(self, rollouts: rlx.Rollouts) -> None:
         """Remember the best of the newest batch."""
         scores = rollouts.total_score if rollouts.wins is None else rollouts.wins
+        if scores.isnan().all():
+            self.best = None
+            return
         place = int(scores.nan_to_num(nan=float("-inf")).argmax())
         found = {"prompt": rollouts.prompts.texts[place], "completion": rollouts.texts[place]}
         self.best = {**found, "score": float(scores[place])}

@@ -9,7 +9,7 @@ import torch
 
 from rlx import hookimpl
 from rlx.callbacks.win_rate import WinRate
-from rlx.core.errors import RlxError
+from rlx.core.errors import RlxError, SaveError
 from rlx.core.peers import connect
 from rlx.core.run import prepare, train
 
@@ -77,15 +77,62 @@ class Broken:
 
 attempt("judge", [WinRate(WinRate.Config(judge=Broken(), num_prompts=4))])
 
-# So does the log itself, which one process writes.
-run = prepare(**{**job, "output_dir": "log", "callback": []})
-if run.folder is not None:
 
-    def full(line):
-        raise OSError("no space left")
+def without_callbacks(name, change, **options):
+    """A run in which something else fails on one process."""
+    run = prepare(**{**job, "output_dir": name, "callback": [], **options})
+    change(run)
+    try:
+        train(run)
+    except (RlxError, OSError) as error:
+        say(f"{name} ended with {type(error).__name__}")
+    state.wait_for_everyone()
 
-    run.folder.log_metrics = full
-try:
-    train(run)
-except (RlxError, OSError) as error:
-    say(f"log ended with {type(error).__name__}")
+
+def fails(error):
+    def failing(*given, **named):
+        raise error
+
+    return failing
+
+
+# So does the log itself, which one process writes; what its error is must not part the two.
+def log_fails(error):
+    def change(run):
+        if run.folder is not None:
+            run.folder.log_metrics = fails(error)
+
+    return change
+
+
+without_callbacks("log", log_fails(OSError("no space left")))
+
+
+def log_fails_later(run):
+    if run.folder is not None:
+        write = run.folder.log_metrics
+        run.folder.log_metrics = lambda line: fails(SaveError("full"))() if line["step"] == 2 else write(line)
+
+
+without_callbacks("full-log", log_fails_later)
+
+
+# An algorithm that fails before it adds something up with the others, and one that fails in an evaluation.
+def preparing_fails(run):
+    whiten = run.algorithm.prepare
+    run.algorithm.prepare = fails(OSError("broken")) if state.process_index == 1 else whiten
+
+
+without_callbacks("prepare", preparing_fails, whiten_advantages=True)
+
+
+def measuring_fails(run):
+    if state.process_index == 0:
+        run.updater.measure = fails(OSError("broken"))
+
+
+pairs = [{"prompt": "1+1=", "chosen": str(i), "rejected": "no"} for i in range(8)]
+ONLINE = ("num_ppo_epochs", "num_mini_batches", "num_generations", "reward")
+job = {name: value for name, value in job.items() if name not in ONLINE}
+offline = {"algo": "dpo", "dataset": pairs, "eval_dataset": pairs, "chat_template": "none"}
+without_callbacks("measure", measuring_fails, **offline)
