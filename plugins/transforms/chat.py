@@ -43,7 +43,8 @@ CHATML = """\
 class ConversationPrompt(Transform):
     """A whole dialogue as a prompt: the turns up to the last user turn; the answers that follow are left out.
 
-    ShareGPT's ``from`` and ``value`` become ``role`` and ``content``.
+    ShareGPT's ``from`` and ``value`` become ``role`` and ``content``. Text in a column ``system`` is the
+    first message.
     """
 
     takes = frozenset({"messages"})
@@ -51,17 +52,20 @@ class ConversationPrompt(Transform):
 
     def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
         """Rows with ``prompt``, a list of messages."""
-        return [{**row, "prompt": self._prompt(row.get("messages"))} for row in rows]
+        return [{**row, "prompt": self._prompt(row)} for row in rows]
 
-    def _prompt(self, turns: Any) -> Any:
-        messages = standard_messages(turns, "messages")
+    def _prompt(self, row: Row) -> Messages:
+        messages = standard_messages(row, "messages")
         while messages and messages[-1].get("role") == "assistant":
             messages.pop()
         return messages
 
 
 class SplitConversation(Transform):
-    """A dialogue as ``prompt``, the turns up to the last user turn, and ``completion``, those after it."""
+    """A dialogue as ``prompt``, the turns up to the last user turn, and ``completion``, those after it.
+
+    Text in a column ``system`` is the first message.
+    """
 
     takes = frozenset({"messages"})
     gives = frozenset({"prompt", "completion"})
@@ -70,7 +74,7 @@ class SplitConversation(Transform):
         """Rows with both, lists of messages."""
         out = []
         for row in rows:
-            messages = standard_messages(row.get("messages"), "messages")
+            messages = standard_messages(row, "messages")
             users = [place for place, turn in enumerate(messages) if turn.get("role") == "user"]
             cut = users[-1] + 1 if users else 0
             out.append({**row, "prompt": messages[:cut], "completion": messages[cut:]})
@@ -78,7 +82,10 @@ class SplitConversation(Transform):
 
 
 class ShareGPTMessages(Transform):
-    """ShareGPT's ``conversations`` of ``from`` and ``value`` as ``messages`` of ``role`` and ``content``."""
+    """ShareGPT's ``conversations`` of ``from`` and ``value`` as ``messages`` of ``role`` and ``content``.
+
+    Text in a column ``system`` is the first message.
+    """
 
     gives = frozenset({"messages"})
 
@@ -94,28 +101,32 @@ class ShareGPTMessages(Transform):
 
     def __call__(self, rows: list[Row], tokenizer: Any = None) -> list[Row]:
         """Rows with ``messages``."""
-        column = self.config.column
-        return [{**row, "messages": standard_messages(row.get(column), column)} for row in rows]
+        return [{**row, "messages": standard_messages(row, self.config.column)} for row in rows]
 
 
-def standard_messages(turns: Any, column: str) -> Messages:
+def standard_messages(row: Mapping[str, Any], column: str) -> Messages:
     """A dialogue as messages of ``role`` and ``content``; ShareGPT's ``from`` and ``value`` become them.
 
     Args:
-        turns: the value of a column.
-        column: its name.
+        row: may have a column ``system``, text that is the first message where the dialogue has no such.
+        column: of the dialogue.
 
     Raises:
         BadRow: for what is no list of mappings.
     """
+    turns, system = row.get(column), row.get("system")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise BadRow(f"{column} is {type(turns).__name__}, not a list of messages")
-    return [
+    messages = [
         dict(turn)
         if "role" in turn or "from" not in turn
         else {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
         for turn in turns
     ]
+    first = messages[0].get("role") if messages else None
+    if isinstance(system, str) and system.strip() and first not in ("system", "developer"):
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
 
 
 def check_messages(messages: Any) -> None:

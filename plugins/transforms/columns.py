@@ -10,6 +10,7 @@ from typing import Any
 from rlx.core.options import opt
 from rlx.plugins.contract import Transform
 from rlx.plugins.transforms import BadRow
+from rlx.plugins.transforms.chat import standard_messages
 
 Row = dict[str, Any]
 
@@ -101,7 +102,10 @@ class InstructionPrompt(Transform):
 
 
 class AlpacaMessages(Transform):
-    """Alpaca's ``instruction``, ``input`` and ``output`` as ``messages`` of a user and an assistant turn."""
+    """Alpaca's ``instruction``, ``input`` and ``output`` as ``messages`` of a user and an assistant turn.
+
+    Text in a column ``system`` is the first message.
+    """
 
     takes = frozenset({"instruction", "output"})
     gives = frozenset({"messages"})
@@ -113,9 +117,12 @@ class AlpacaMessages(Transform):
         for row in prompts:
             if not isinstance(row.get("output"), str):
                 raise BadRow(f"output is {type(row.get('output')).__name__}, not text")
-            user = {"role": "user", "content": row["prompt"]}
+            turns = [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["output"]},
+            ]
             rest = {name: value for name, value in row.items() if name != "prompt"}
-            out.append({**rest, "messages": [user, {"role": "assistant", "content": row["output"]}]})
+            out.append({**rest, "messages": standard_messages({**row, "messages": turns}, "messages")})
         return out
 
 

@@ -85,7 +85,7 @@ def _to_prompt(names: set[str], first: list[Mapping[str, Any]], answers: tuple[s
     if found.name == "conversation":
         return Way(
             [*rename, ConversationPrompt(ConversationPrompt.Config())],
-            [f"prompt ← {column}, up to the last user turn"],
+            [f"prompt ← {column}, up to the last user turn", *_system(names)],
             answers,
         )
     return Way(rename, [f"prompt ← {column}"], answers)
@@ -100,7 +100,7 @@ def _pairs(names: set[str], first: list[Mapping[str, Any]]) -> Way | None:
         return way
     return Way(
         [ExtractPrompt(ExtractPrompt.Config())],
-        ["prompt ← what the dialogues chosen and rejected begin with"],
+        ["prompt ← what the dialogues chosen and rejected begin with", *_system(names)],
         answers,
     )
 
@@ -126,7 +126,10 @@ def _labeled(names: set[str], first: list[Mapping[str, Any]]) -> Way | None:
         if chat is not None:
             return Way(
                 [*_messages(chat), SplitConversation(SplitConversation.Config())],
-                [f"prompt, completion ← {chat}, before and after the end of the last user turn"],
+                [
+                    f"prompt, completion ← {chat}, before and after the end of the last user turn",
+                    *_system(names),
+                ],
                 ("completion",),
             )
     way = _pairs(names, first)
@@ -149,10 +152,16 @@ def _demonstrations(names: set[str], first: list[Mapping[str, Any]]) -> Way | No
         return Way([*way.transforms, copy], [*way.notes, f"completion ← {found}"], way.answers)
     chat = next((column for column in CHAT_COLUMNS if column in names), None)
     if chat is not None:
-        return Way(_messages(chat), [f"messages ← {chat}"] if chat != "messages" else [])
+        renamed = [f"messages ← {chat}"] if chat != "messages" else []
+        return Way(_messages(chat), [*renamed, *_system(names)])
     return Way() if "text" in names else None
 
 
 def _messages(column: str) -> list[Any]:
     """The transforms that bring dialogues of one column into ``messages``, ShareGPT's or the usual ones."""
     return [ShareGPTMessages(ShareGPTMessages.Config(column=column))]
+
+
+def _system(names: set[str]) -> list[str]:
+    """A note on the column that dialogues take their first message from, if there is one."""
+    return ["the first message of dialogues ← system, where it has text"] if "system" in names else []

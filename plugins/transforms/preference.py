@@ -46,7 +46,7 @@ class ExtractPrompt(Transform):
         if isinstance(chosen, str) and isinstance(rejected, str):
             cut = text_cut(chosen, rejected, self.config.marker)
             return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:], PLAIN: True}
-        chosen, rejected = standard_messages(chosen, "chosen"), standard_messages(rejected, "rejected")
+        chosen, rejected = standard_messages(row, "chosen"), standard_messages(row, "rejected")
         cut = message_cut(chosen, rejected)
         return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 

@@ -117,8 +117,20 @@ def test_conversations():
     assert row["messages"] == messages
     [row] = SplitConversation(SplitConversation.Config())([row])
     assert (row["prompt"], row["completion"]) == (messages[:1], messages[1:])
+    system = {"role": "system", "content": "S"}
+    [row] = ShareGPTMessages(ShareGPTMessages.Config())([{"conversations": turns, "system": "S"}])
+    assert row["messages"] == [system, *messages]
+    [row] = SplitConversation(SplitConversation.Config())([row])  # once, though the column is still there
+    assert (row["prompt"], row["completion"]) == ([system, *messages[:1]], messages[1:])
+    pair = {"chosen": messages, "rejected": [messages[0], {**messages[1], "content": "b"}], "system": "S"}
+    [row] = ExtractPrompt(ExtractPrompt.Config())([pair])
+    assert row["prompt"] == [system, messages[0]] and row["chosen"] == messages[1:]
+    way = find_way(["conversations", "system"], [{"conversations": turns, "system": "S"}], "prompts")
+    assert any("← system" in note for note in way.notes)
     [row] = AlpacaMessages(AlpacaMessages.Config())([{"instruction": "q", "input": "", "output": "a"}])
     assert row["messages"] == messages and "prompt" not in row
+    alpaca = {"instruction": "q", "input": "", "output": "a", "system": "S"}
+    assert AlpacaMessages(AlpacaMessages.Config())([alpaca])[0]["messages"] == [system, *messages]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,10 @@ def test_dialogues_end_with_the_last_user_turn():
     ]
     rows = transform([{"messages": [USER, ANSWER, USER, ANSWER]}, {"messages": sharegpt}])
     assert [row["prompt"] for row in rows] == [[USER, ANSWER, USER], [SYSTEM, USER]]
+    other = {"role": "system", "content": "other"}
+    for system, wanted in (("S", [SYSTEM, USER]), (" ", [USER]), (None, [USER])):
+        assert transform([{"messages": [USER, ANSWER], "system": system}])[0]["prompt"] == wanted
+    assert transform([{"messages": [other, USER], "system": "S"}])[0]["prompt"] == [other, USER]
     with pytest.raises(BadRow, match="messages is str"):
         transform([{"messages": "U"}])
 
