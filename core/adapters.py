@@ -169,26 +169,6 @@ def load_adapter(
     return wrapper
 
 
-def add_empty(model: nn.Module, folder: str | Path, *, classifier: bool = False) -> Any:
-    """The model with an adapter of the shapes that a folder has, but not its numbers; the base is frozen.
-
-    Args:
-        model: a transformers causal language model, bare, on the meta device.
-        folder: what peft's ``save_pretrained`` wrote.
-        classifier: it is the adapter of a sequence classifier.
-
-    Raises:
-        ConfigError: as ``load_adapter``.
-    """
-    from peft import PeftConfig, get_peft_model
-
-    check_adapter(model, Path(folder), classifier=classifier)
-    config = PeftConfig.from_pretrained(str(folder))
-    config.task_type, config.inference_mode = "CAUSAL_LM", False
-    with _hushed():
-        return get_peft_model(model, config)
-
-
 def _remembered(wrapper: Any) -> Any:
     """The wrapper, which its base leads to from now on."""
     # In a tuple, so that torch does not take the wrapper for a part of the base.

@@ -76,7 +76,7 @@ class GraphGenerator:
         try:
             with sampling_mode(model):
                 if self._why_not(door) is None:
-                    run = Run(door, prompts, n, sampling, seeds, tokenizer, None, on_complete)
+                    run = Run(door, prompts, n, sampling, seeds, tokenizer, on_complete)
                     self._decode(run, batch_size)
                     return run.completions()
         except CannotCaptureError as error:

@@ -131,11 +131,7 @@ class Run(Parts):
         return outcome.verdict
 
     def end_step(self, batch: Batch) -> dict[str, float]:
-        """Count the step, evaluate and write a log line when it is time, and tell the callbacks.
-
-        Returns:
-            The log line, or an empty dict.
-        """
+        """Count the step, and ``report``."""
         self.journal.step(batch, self.rollouts)
         self.global_step += 1
         self.boundary = True

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlx.core import adapters
+from rlx.core.adapter_files import check_adapter
 from rlx.core.lm_head import CHUNK_BYTES, KEEP_SHARE, free_bytes
 from rlx.core.packed_linear import LEAST_STEPS, copies_bytes
 from rlx.core.precision import DTYPES
@@ -215,7 +217,7 @@ def empty_model(config: Any, settings: Settings, dtype: torch.dtype, *, classifi
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
         model.tie_weights()
         if settings.adapter:
-            return adapters.add_empty(model, settings.adapter, classifier=classifier)
+            return _with_empty_adapter(model, Path(settings.adapter), classifier=classifier)
         if settings.lora_r:
             model = adapters.add_lora(
                 model,
@@ -224,6 +226,16 @@ def empty_model(config: Any, settings: Settings, dtype: torch.dtype, *, classifi
                 target_modules=settings.lora_target_modules,
             )
     return model
+
+
+def _with_empty_adapter(model: Any, folder: Path, *, classifier: bool) -> Any:
+    """The model with an adapter of the shapes that a folder has, without its numbers; the base is frozen."""
+    from peft import PeftConfig, get_peft_model
+
+    check_adapter(model, folder, classifier=classifier)
+    config = PeftConfig.from_pretrained(str(folder))
+    config.task_type, config.inference_mode = "CAUSAL_LM", False
+    return get_peft_model(model, config)
 
 
 def optimizer_bytes(parameters: Iterable[nn.Parameter], optim: str) -> int:

@@ -78,7 +78,7 @@ def generate_paged(
     check_prompts(decoder, prompts, seeds, sampling)
     if not prompts or n == 0:
         return Completions([], [], [])
-    run = Run(Door(model, decoder), prompts, n, sampling, seeds, None, None, on_complete)
+    run = Run(Door(model, decoder), prompts, n, sampling, seeds, None, on_complete)
     with (
         sampling_mode(model),
         _attention_kept(decoder),

@@ -224,7 +224,7 @@ def why_not(door: Door) -> str | None:
         return reason
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(door.vocabulary, (size,), generator=draw).tolist() for size in (4, 7)]
-    run = Run(door, prompts, 2, Sampling(4, greedy=True), [0, 1], None, None)
+    run = Run(door, prompts, 2, Sampling(4, greedy=True), [0, 1], None)
     try:
         prompts_once, index = run.rows(list(range(4)))
         cache, logits = prefill(door, prompts_once)

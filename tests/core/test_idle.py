@@ -108,7 +108,7 @@ def test_the_gradient_is_that_of_all_rows_and_half_the_tokens_are_fed(prepared, 
     without_skipping(run)
     with fed(run) as every:
         whole, whole_loss = gradient(run, batch)
-    assert float((skipped - whole).norm()) <= 2e-6 * float(whole.norm()) and float(whole.norm()) > 0
+    assert float((skipped - whole).norm()) <= 1e-5 * float(whole.norm()) and float(whole.norm()) > 0
     assert loss == pytest.approx(whole_loss, abs=1e-6)
     sequences = batch.sequences
     taught = sequences.take(torch.tensor([i for i, a in enumerate(batch.prompts.columns["answer"]) if a % 2]))
@@ -131,7 +131,7 @@ def test_cut_completions_that_are_masked_are_idle_even_with_a_kl_term(prepared):
     skipped, _ = gradient(run, batch)
     without_skipping(run)
     whole, _ = gradient(run, batch)
-    assert float((skipped - whole).norm()) <= 2e-6 * float(whole.norm()) and float(whole.norm()) > 0
+    assert float((skipped - whole).norm()) <= 1e-5 * float(whole.norm()) and float(whole.norm()) > 0
 
 
 def test_one_row_too_many_is_seen(prepared):

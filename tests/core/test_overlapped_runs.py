@@ -125,7 +125,7 @@ def test_the_first_call_begins_before_the_last_token_is_drawn(piecewise, monkeyp
     begun, seen, draw = threading.Event(), [], Decoding.draw
 
     def noting(self, *given):
-        if self.done >= 2 and not seen:  # two are complete: they were handed over
+        if int(self.stopped.sum()) >= 2 and not seen:  # two are complete: they were handed over
             seen.append(begun.wait(20))
         return draw(self, *given)
 
@@ -151,8 +151,8 @@ def test_when_memory_runs_out_what_was_told_before_counts_for_nothing(piecewise,
     draw, tried = Decoding.draw, []
 
     def small(self, *given):
-        if self.done >= 5 and not tried:
-            tried.append(self.done)
+        if int(self.stopped.sum()) >= 5 and not tried:
+            tried.append(True)
             raise torch.OutOfMemoryError("planted")
         return draw(self, *given)
 
@@ -200,11 +200,29 @@ def test_a_reward_that_raises_stops_the_run_as_it_did(piecewise):
     ]
 
 
+def test_where_memory_ran_out_it_is_not_asked_how_much_there_is(piecewise, monkeypatch):
+    """On a GPU what had filled it is still held there, and next to nothing would seem to fit."""
+    draw, tried = Decoding.draw, []
+
+    def small(self, *given):
+        if not tried:
+            tried.append(True)
+            raise torch.OutOfMemoryError("planted")
+        return draw(self, *given)
+
+    monkeypatch.setattr(Decoding, "draw", small)
+    monkeypatch.setattr("rlx.core.rollout.rows_that_fit", lambda *given: 1 if tried else 1000)
+    run = prepare(**piecewise())
+    run.roll_out()
+    assert tried and run.studio.sampling.batch_size == 8  # half of 16
+    run.close()
+
+
 def test_ctrl_c_while_sampling_leaves_no_thread(piecewise, monkeypatch):
     draw = Decoding.draw
 
     def interrupted(self, *given):
-        if self.done >= 5 and run.global_step == 1:
+        if int(self.stopped.sum()) >= 5 and run.global_step == 1:
             raise KeyboardInterrupt
         return draw(self, *given)
 
