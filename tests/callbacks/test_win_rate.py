@@ -168,6 +168,22 @@ def test_wrong_options_are_refused_before_weights_load():
         assert "win_rate" in str(caught.value)
 
 
+def test_where_training_samples_nothing_answers_are_drawn_at_the_temperature_that_was_asked_for(tmp_path):
+    """And log-probs, which no sampling has tempered, are those of the model."""
+    pairs = [{"prompt": f"{i} + 1?", "chosen": str(i), "rejected": "no"} for i in range(4)]
+    run = rlx.prepare(
+        algo="dpo",
+        dataset=pairs,
+        temperature=0.5,
+        progress="none",
+        plots=False,
+        output_dir=str(tmp_path / "run"),
+    )
+    assert (run.studio.sampling.temperature, run.studio.temperature) == (0.5, 1.0)
+    assert run.updater.settings.temperature == 1.0
+    run.close()
+
+
 def test_two_sources_of_one_metric_are_an_error_of_the_config(go):
     with pytest.raises(ConfigError, match="two report the metric 'eval/reward'"):
         go(callback=[winning(metric="reward", num_prompts=1)])

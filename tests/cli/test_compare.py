@@ -8,6 +8,9 @@ import warnings
 
 import pytest
 
+from rlx.core import contest
+from rlx.core.answers import Answers
+from rlx.core.batch import Prompts
 from rlx.core.commands.main import main
 from rlx.core.contest import find_side
 from rlx.plugins.datasets import tiny_path
@@ -85,6 +88,20 @@ def test_the_packaged_model_beats_one_that_is_always_wrong_and_loses_to_one_that
     found = numbers(call, good, "tiny", "--reward", "exact_match", "--max-completion-length", 24)
     assert found["win_rate"] == 1.0 and found["pairs"] == 35
     assert found["b"]["finished"] > 0.9 and found["a"]["finished"] is None
+
+
+def test_of_several_prompts_of_a_row_each_answer_meets_the_one_to_the_same_prompt():
+    """As transforms make them. Where one side lacks a prompt of a row, nobody knows which."""
+
+    def answers(rows, texts):
+        prompts = Prompts([[1]] * len(rows), [f"p{i}" for i in rows], [None] * len(rows), {}, rows)
+        return Answers(prompts, texts, [[1]] * len(rows))
+
+    one = answers([0, 0, 1, 2, 2], ["a0", "b0", "a1", "a2", "b2"])
+    other = answers([2, 1, 0, 0], ["A2", "A1", "A0", "B0"])
+    mine, theirs = contest._matched(one, other, 10)
+    assert list(zip(mine.texts, theirs.texts, strict=True)) == [("a0", "A0"), ("b0", "B0"), ("a1", "A1")]
+    assert [len(found.texts) for found in contest._matched(one, other, 2)] == [2, 2]
 
 
 def test_equals_do_not_win(call):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -200,6 +201,17 @@ def test_what_is_built_for_a_look_ahead_is_closed(small, held):
     mine = Watching()
     rlx.run(**small(reward="held_rewards:Held", callback=[mine]), dry_run=True)
     assert held() == [1] * 5 and mine.closed == 0  # an object of the caller's is not done with yet
+
+
+def test_an_object_that_cannot_be_hashed_is_a_reward(small):
+    @dataclass
+    class Brevity:
+        scale: float
+
+        def __call__(self, completions):
+            return [-self.scale * len(text) for text in completions]
+
+    rlx.run(**small(reward=Brevity(0.1)), dry_run=True)
 
 
 def test_every_built_in_callback_can_be_looked_ahead_at(small):

@@ -105,6 +105,7 @@ def test_a_callback_without_room_for_its_file_is_not_a_checkpoint_without_room(t
     with pytest.raises(rlx.SaveError, match="the callback's file"), prepare(tmp_path / "run", Full()) as run:
         for _ in run:
             pass
+    assert run.global_step == 1
     assert "not saved" not in capsys.readouterr().out
     assert checkpoint.verify(tmp_path / "run" / "checkpoint-1") is None
     assert ended(tmp_path / "run") == ("failed", 9)
