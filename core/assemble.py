@@ -281,11 +281,12 @@ def _with_weights(
 def _add_callbacks(run: Run, chosen: Mapping[str, Any]) -> None:
     """Those that are always there, the one that an option stands for, and those that were chosen."""
     for name in DEFAULT_CALLBACKS:
-        run.events.add(make("callback", name), name)
+        run.events.add(make("callback", name), name, owned=True)
     if run.settings.sync_ref_model and all(one.ref != "sync_ref_model" for one in run.config.callbacks):
-        run.events.add(make("callback", "sync_ref_model"), "sync_ref_model")
+        run.events.add(make("callback", "sync_ref_model"), "sync_ref_model", owned=True)
+    built = made(chosen.values(), run.config.callbacks)
     for name, callback in chosen.items():
-        run.events.add(callback, name)
+        run.events.add(callback, name, owned=any(callback is one for one in built))
 
 
 def _attach(checked: Checked, policy: Policy) -> list[str]:

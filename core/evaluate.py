@@ -45,6 +45,7 @@ def evaluate(run: Run) -> dict[str, float]:
                         hint="rename one of them; win_rate has the option metric",
                     )
                 metrics[name] = value
+        run.evaluations += 1
         return metrics
 
 

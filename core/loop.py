@@ -150,11 +150,12 @@ class Run(Parts):
         every = self.settings.eval_steps
         evaluating = last or (every is not None and self.global_step % every == 0)
         logged: dict[str, float] = {}
-        if evaluating or self.global_step % self.settings.logging_steps == 0:
+        due = evaluating or self.global_step % self.settings.logging_steps == 0
+        if due and self.reported < self.global_step:
             evaluation = evaluate(self) if evaluating else {}
             logged = self.journal.read(self.updater)
             self.log(logged | evaluation)
-        self.reported = self.global_step
+        self.reported = self.ended = self.global_step
         self.events.emit("on_step_end", run=self, metrics=logged)
         heed_all(self)
         if self.stopping and not evaluating:  # a callback has just made this step the last

@@ -101,8 +101,8 @@ class Monitor:
         trained = any(not name.startswith("eval/") for name in self.names)
         if evaluated and self.metric.startswith("eval/"):
             return True
-        evaluates = run.eval_data is not None or run.events.heard("on_evaluate")
-        return trained and (evaluated or not evaluates)
+        waiting = run.evaluations == 0 and (run.eval_data is not None or run.events.heard("on_evaluate"))
+        return trained and (evaluated or not waiting)
 
     def _may_come(self, run: Any) -> bool:
         """Whether it is a reward's mean, which a line lacks where no completion could be scored."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlx.core.components import short_name
 from rlx.core.journal import Journal
-from rlx.core.rollout import RunScorer
+from rlx.core.scorer import RunScorer
 from rlx.core.text import safe_text
 from rlx.plugins.events import has_state
 from rlx.plugins.references import make
@@ -56,6 +56,7 @@ class Parts:
         metrics_history: one entry a log line.
         rollouts: the last batch of rollouts.
         evaluated: the samples of the last evaluation.
+        evaluations: how many there were, those before a resume left out.
         printers: where ``say`` writes; the last one wins.
         boundary: True while the state equals that between two steps.
         together: True after a failure that all processes heard of: they stand at the same place.
@@ -66,7 +67,8 @@ class Parts:
         failed_saves: checkpoints in a row that could not be written.
         protected: steps whose checkpoints stay, whatever ``save_total_limit`` says.
         final_checkpoint: the checkpoint whose policy the run ends with; None for the policy as it is.
-        reported: the last step whose evaluation and log line, if due, are written.
+        reported: the last step whose log line, if due, is written; -1 before there is one.
+        ended: the last step of whose end the callbacks were told.
         fingerprints: option → fingerprint of the files that it names.
         callback_states: state in the checkpoint of callbacks that are not there; one that is added takes it.
     """
@@ -87,6 +89,7 @@ class Parts:
     metrics_history: list[dict[str, Any]] = field(default_factory=list)
     rollouts: Rollouts | None = None
     evaluated: Rollouts | None = None
+    evaluations: int = 0
     printers: list[Callable[[str], None]] = field(default_factory=lambda: [print])
     boundary: bool = True
     together: bool = False
@@ -97,7 +100,8 @@ class Parts:
     failed_saves: int = 0
     protected: set[int] = field(default_factory=set)
     final_checkpoint: Path | None = None
-    reported: int = 0
+    reported: int = -1
+    ended: int = 0
     fingerprints: dict[str, str] = field(default_factory=dict)
     callback_states: dict[str, Any] = field(default_factory=dict)
 
@@ -158,7 +162,8 @@ class Parts:
             RlxError: it does not exist, cannot be used, or was added before.
         """
         found = callback if isinstance(callback, str | type) else type(callback)
-        name = self.events.add(make("callback", callback, options), short_name("callback", found))
+        made = make("callback", callback, options)
+        name = self.events.add(made, short_name("callback", found), owned=made is not callback)
         added = self.events.named[name]
         try:
             if name in self.callback_states and has_state(added):

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from rlx.core.errors import PeerError
 from rlx.core.meter import total
@@ -56,8 +55,8 @@ def _leave() -> None:
 def agreed(run: Run, what: str) -> Iterator[None]:
     """Within it each process works alone; after it all of them know whether it worked on each.
 
-    Nothing within may wait for another process, but in ``total_heard``: who waits there hears of a failure
-    too. A failure that all have heard of leaves them at the same
+    Nothing within may wait for another process, but in ``run.score.total``: who waits there hears of a
+    failure, too. A failure that all have heard of leaves them at the same
     place, so that a checkpoint can still be taken: ``run.together`` says so.
 
     Args:
@@ -71,39 +70,22 @@ def agreed(run: Run, what: str) -> Iterator[None]:
     if run.accelerator.num_processes == 1:
         yield
         return
-    run.together = False
+    run.together = run.score.heard = False
     error: Exception | None = None
     try:
         yield
-    except HeardError:
-        run.together = True
-        raise
     except Exception as raised:  # raised again below, once the others know
         error = raised
-    if not _some_failed(run.accelerator, error is not None):
+    # Where one heard of a failure by an addition, the process that failed tells it no second time.
+    if not run.score.heard and not some_failed(run.accelerator, error is not None):
         return
-    run.together = True
-    raise error if error is not None else elsewhere(run.accelerator, what)
+    run.together, heard = True, run.score.heard
+    raise error if error is not None and not heard else elsewhere(run.accelerator, what)
 
 
-class HeardError(PeerError):
-    """Another process failed in what is agreed on, and this one has already heard of it."""
-
-
-def total_heard(accelerator: Accelerator, values: Tensor) -> Tensor:
-    """The element-wise sum of values over all processes, within ``agreed``.
-
-    Raises:
-        HeardError: another process has failed, and never comes here.
-    """
-    if accelerator.num_processes > 1 and _some_failed(accelerator, False):
-        raise elsewhere(accelerator, "the preparation of a batch", HeardError)
-    return total(accelerator, values)
-
-
-def _some_failed(accelerator: Accelerator, mine: bool) -> bool:
-    failed = torch.tensor(float(mine), device=accelerator.device)
-    return bool(total(accelerator, failed))
+def some_failed(accelerator: Accelerator, mine: bool) -> bool:
+    """Whether any process has failed, as all of them then know."""
+    return bool(total(accelerator, torch.tensor(float(mine), device=accelerator.device)))
 
 
 def heed_all(run: Run) -> None:
@@ -119,9 +101,9 @@ def heed_all(run: Run) -> None:
         run.stop("another process asked for it")  # where this one did, its reason stays
 
 
-def elsewhere(accelerator: Accelerator, what: str, error: type[PeerError] = PeerError) -> PeerError:
+def elsewhere(accelerator: Accelerator, what: str) -> PeerError:
     """The error of a process that did nothing wrong."""
-    return error(
+    return PeerError(
         f"another process failed in {what}",
         where=f"process {accelerator.process_index} of {accelerator.num_processes}",
         hint="its own message says why; this process did nothing wrong",

@@ -17,7 +17,6 @@ from rlx.core.kv_cache import rows_that_fit
 from rlx.core.logprobs import full_kl, score
 from rlx.core.memory import kept_budget
 from rlx.core.overlap import Overlap, overlap, telling
-from rlx.core.peers import total_heard
 from rlx.core.precision import generation_precision
 from rlx.core.streams import stream_seed
 from rlx.plugins.contract import Completions, Sampling
@@ -346,24 +345,6 @@ class Studio:
                 with self.accelerator.autocast():
                     now = replace(now, values=apart.values(sequences, self.budget))
             return now
-
-
-class RunScorer:
-    """What ``Algorithm.prepare`` sees of the run (``rlx.plugins.contract.Scorer``)."""
-
-    def __init__(self, studio: Studio) -> None:
-        self.studio = studio
-        self.max_completion_length = studio.settings.max_completion_length
-        named = () if studio.rewards is None else studio.rewards.rewards
-        self.reward_weights: Mapping[str, float] = {reward.name: reward.weight for reward in named}
-
-    def __call__(self, sequences: Sequences, model: str = "policy", needs: Collection[str] = ()) -> Scores:
-        """Log-probs without gradient under ``policy`` or ``reference``, and what else is needed."""
-        return self.studio.score(sequences, model, needs)
-
-    def total(self, values: Tensor) -> Tensor:
-        """The element-wise sum of values over all processes."""
-        return total_heard(self.studio.accelerator, values)
 
 
 def free_cache() -> None:

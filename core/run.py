@@ -210,10 +210,10 @@ def train(run: Run) -> Result:
     signals = Signals()
     with signals.caught(), session(run, signals):
         if run.global_step == 0:
-            before = evaluate(run)
+            before = evaluate(run) if run.reported < 0 else {}
             if before:
                 run.log(before)
-        elif run.reported < run.global_step:  # the evaluation after the last step had failed
+        elif run.ended < run.global_step:  # the evaluation after the last step had failed, or a callback
             run.report()
         _walk(run, signals)
     completions = run.folder.read_completions() if run.folder is not None else []

@@ -89,14 +89,26 @@ def without_rows(options: Mapping[str, Any], hidden: Collection[str] = ()) -> di
 def _shown(name: str, value: Any, hidden: Collection[str]) -> Any:
     if name in hidden and isinstance(value, str) and value:
         return f"{len(value)} characters"
-    if name in DATA and not _names_data(value):
-        count = f"{len(value)} rows" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
-        return f"{count} given in Python"
+    if name in DATA:
+        return _shown_data(value)
     if isinstance(value, Mapping):
         return without_rows(value, hidden)
     if isinstance(value, list | tuple):
         return [_shown("", one, hidden) for one in value]
     return value
+
+
+def _shown_data(value: Any) -> Any:
+    if not _names_data(value):
+        count = f"{len(value)} rows" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+        return f"{count} given in Python"
+    if isinstance(value, Mapping):  # the options of a named data set may be rows, too
+        return {name: _shown_data(one) if _holds_rows(one) else one for name, one in value.items()}
+    return [_shown_data(one) for one in value] if isinstance(value, list) else value
+
+
+def _holds_rows(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value)
 
 
 def _names_data(value: Any) -> bool:

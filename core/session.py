@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlx.core import checkpoint, manifest, snapshot
-from rlx.core.closing import close_all, made
+from rlx.core.closing import close_all
 from rlx.core.errors import Interrupted, RlxError, SaveError
 from rlx.core.meter import largest
 from rlx.core.peers import agreed
@@ -37,7 +37,8 @@ def session(run: Run, signals: Signals | None = None) -> Iterator[Run]:
     try:
         run.events.emit("on_run_start", run=run)
         yield run
-        if run.stopping and run.boundary and run.global_step < run.total_steps:
+        early = run.stopping and run.boundary and run.global_step < run.total_steps
+        if early and not run.failed_saves:  # a further failure must not cost the policy
             snapshot.attempt(run)  # so that it can go on, should somebody ask for more steps
         _keep(run)
         status, code = "finished", 0
@@ -78,8 +79,8 @@ def close(run: Run, status: str, exit_code: int) -> None:
 
 def give_back(run: Run) -> None:
     """Give back what the studio holds, and, where a run never began and so never ends, its callbacks."""
-    callbacks = [] if run.events.begun else made(run.events.callbacks, run.config.callbacks)
-    close_all(run.studio, *callbacks)
+    callbacks, run.events.owned = run.events.owned, []
+    close_all(run.studio, *([] if run.events.begun else callbacks))
 
 
 def _at_once(run: Run, signals: Signals | None) -> Interrupted:
@@ -100,6 +101,7 @@ def _keep(run: Run) -> None:
     if chosen is not None and chosen.name != f"checkpoint-{run.global_step}":
         reason = checkpoint.verify(chosen)
         if reason is None:
+            run.boundary = False  # from here on the weights are not those of this step
             run.policy.load_trainable(chosen)
         else:
             run.say(f"{chosen} cannot be used, the policy is that of the last step: {reason}")
@@ -115,7 +117,11 @@ def _tell(run: Run, error: BaseException, event: str, /, **given: Any) -> None:
     try:
         run.events.emit(event, run=run, **given)
     except Exception as another:
-        error.add_note(f"in {event}, a callback failed too: {type(another).__name__}: {safe_text(another)}")
+        error.add_note(_failed_too(event, another))
+
+
+def _failed_too(event: str, another: Exception) -> str:
+    return f"in {event}, a callback failed too: {type(another).__name__}: {safe_text(another)}"
 
 
 def _rescue(run: Run, error: BaseException) -> None:
@@ -127,8 +133,12 @@ def _rescue(run: Run, error: BaseException) -> None:
     if largest(run.accelerator, float(isinstance(error, Interrupted | SaveError) or not lost)):
         return
     try:
-        path = snapshot.save(run)
+        path = snapshot.write(run)
     except RlxError as failure:
         run.say(f"no checkpoint could be saved: {failure.what}")
-    else:
-        run.say(f"the last whole step is saved in {path}; go on with: rlx resume {run.path}")
+        return
+    run.say(f"the last whole step is saved in {path}; go on with: rlx resume {run.path}")
+    try:
+        snapshot.tell_saved(run, path)
+    except Exception as another:
+        error.add_note(_failed_too("on_save", another))

@@ -44,12 +44,13 @@ def save(run: Run) -> Path | None:
         SaveError: it could not be written; older checkpoints are as they were.
         ValueError: in the middle of a step.
     """
-    path = _write(run)
-    _tell(run, path)
+    path = write(run)
+    tell_saved(run, path)
     return path
 
 
-def _write(run: Run) -> Path | None:
+def write(run: Run) -> Path | None:
+    """``save`` without telling the callbacks."""
     if not run.boundary:
         raise ValueError("a checkpoint is taken between two steps, not inside one")
     ranks = [_of_this_process(run)]
@@ -72,7 +73,7 @@ def _write(run: Run) -> Path | None:
     return path
 
 
-def _tell(run: Run, path: Path | None) -> None:
+def tell_saved(run: Run, path: Path | None) -> None:
     """A callback that fails ends the run, on all processes: the checkpoint is there all the same."""
     with agreed(run, "a callback, after the checkpoint was saved"):
         if path is not None:
@@ -94,7 +95,7 @@ def attempt(run: Run, *, must: bool = False) -> None:
     if run.saved == run.global_step:
         return
     try:
-        path = _write(run)
+        path = write(run)
     except SaveError as error:
         run.failed_saves += 1
         if must or run.failed_saves >= FAILED_SAVES:
@@ -102,7 +103,7 @@ def attempt(run: Run, *, must: bool = False) -> None:
         failed = f"{run.failed_saves} of {FAILED_SAVES}"
         run.say(f"checkpoint not saved, training goes on ({failed}): {error}")
     else:
-        _tell(run, path)
+        tell_saved(run, path)
 
 
 def together(run: Run, write: Callable[[RunFolder], T]) -> T | None:
@@ -149,6 +150,7 @@ def restore(run: Run, folder: Path) -> None:
         if rank > 0:
             run.journal.meter = Meter()
     run.global_step, run.reported = state["step"], state["reported"]
+    run.ended = state.get("ended", run.reported)
     run.journal.tokens = state["tokens"]
     run.journal.restart()
     run.saved, run.stopping, run.stop_reason = state["step"], state["stopping"], state["stop_reason"]
@@ -237,6 +239,7 @@ def _fill(run: Run, folder: Path, ranks: list[dict[str, Any]]) -> None:
     state = {
         "step": run.global_step,
         "reported": run.reported,
+        "ended": run.ended,
         "tokens": run.journal.tokens,
         "stopping": run.stopping,
         "stop_reason": run.stop_reason,

@@ -37,6 +37,7 @@ class Events:
 
     Attributes:
         begun: whether ``on_run_start`` was told.
+        owned: callbacks that were built for the run; the others are somebody's.
         disabled: callback name → why it was switched off, for observers that failed.
     """
 
@@ -51,6 +52,7 @@ class Events:
         self._manager.add_hookspecs(RunEvents)
         self._arguments = arguments(RunEvents)
         self._callbacks: dict[str, Any] = {}
+        self.owned: list[Any] = []
         self._going = self.begun = False  # the first: between on_run_start and on_run_end
         self.disabled: dict[str, str] = {}
 
@@ -64,13 +66,14 @@ class Events:
         """Name → callback, in the order in which they are called."""
         return dict(self._callbacks)
 
-    def add(self, callback: Any, name: str | None = None) -> str:
+    def add(self, callback: Any, name: str | None = None, *, owned: bool = False) -> str:
         """Add a callback; it is called from the next event on, after those that were added before.
 
         Args:
             callback: an object with methods marked by ``rlx.hookimpl``, each taking any of its event's
                 arguments.
             name: for messages and checkpoints; default: its class. One that is taken gets a number.
+            owned: it was built for the run.
 
         Returns:
             The name.
@@ -93,6 +96,7 @@ class Events:
             )
         self._manager.register(callback, shown)
         self._callbacks[shown] = callback
+        self.owned += [callback] if owned else []
         return shown
 
     def find(self, callback: Any) -> str:

@@ -65,7 +65,7 @@ def check_plugin(
     ref, held = spelt_out(kind or "reward", ref)  # the URL of a reward server, lora:DIR
     kind = kind or kind_of(ref)
     chosen = [find(kind, name) for name in only or ()] or cases(kind)
-    given = held | (_typed(ref, kind, pairs("--option", option)) if option else {})
+    given = _typed(ref, kind, held | dict(pairs("--option", option))) if option else held
     rows = _rows(data) if data else None
     width = max(len(one.name) for one in chosen)
 

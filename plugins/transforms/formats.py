@@ -77,7 +77,10 @@ def _to_prompt(names: set[str], first: list[Mapping[str, Any]], answers: tuple[s
     if found.name == "instruction":
         return Way(
             [InstructionPrompt(InstructionPrompt.Config())],
-            ["prompt ← instruction, a blank line, input"],
+            [
+                "prompt ← instruction, a blank line, input",
+                *(["system is not used: alpaca_to_messages takes it"] if "system" in names else []),
+            ],
             answers,
         )
     ((wanted, column),) = found.columns.items()
@@ -100,7 +103,10 @@ def _pairs(names: set[str], first: list[Mapping[str, Any]]) -> Way | None:
         return way
     return Way(
         [ExtractPrompt(ExtractPrompt.Config())],
-        ["prompt ← what the dialogues chosen and rejected begin with", *_system(names)],
+        [
+            "prompt ← what the dialogues chosen and rejected begin with",
+            *(_system(names) if first and isinstance(first[0].get("chosen"), list) else []),
+        ],
         answers,
     )
 

@@ -78,6 +78,7 @@ def test_a_mixture_of_named_data_sets_is_an_option_and_secrets_are_none():
         {"transform": [{"name": "chat_template", "system_prompt": "SECRET"}]},
         {"dataset": [{"prompt": "SECRET", "fraction": 0.5}]},
         {"eval_dataset": ({"prompt": "SECRET"},)},
+        {"dataset": {"name": "my_pkg:Rows", "rows": [{"prompt": "SECRET"}]}},
     ],
 )
 def test_rows_and_system_prompts_stay_out_wherever_they_stand(options):

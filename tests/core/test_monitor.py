@@ -23,13 +23,14 @@ class Judging:
         return {"eval/win_rate": 0.5}
 
 
-def a_run(eval_data=None, rewards=(), callbacks=()):
+def a_run(eval_data=None, rewards=(), callbacks=(), evaluations=0):
     """What a monitor looks at."""
     events = Events()
     for callback in callbacks:
         events.add(callback)
     runner = SimpleNamespace(rewards=[SimpleNamespace(name=name) for name in rewards]) if rewards else None
-    return SimpleNamespace(eval_data=eval_data, events=events, studio=SimpleNamespace(rewards=runner))
+    studio = SimpleNamespace(rewards=runner)
+    return SimpleNamespace(eval_data=eval_data, events=events, studio=studio, evaluations=evaluations)
 
 
 HELD_OUT, NONE = a_run([1]), a_run()
@@ -106,6 +107,8 @@ def test_a_reward_that_scored_nothing_so_far_is_waited_for():
 def test_a_metric_of_an_evaluation_is_waited_for_where_a_callback_evaluates():
     watch = Monitor("eval/win_rate", "max", "me")
     assert watch.read(a_run(callbacks=[Judging()]), TRAINED) is None
+    with pytest.raises(ConfigError, match="logs no metric"):  # it evaluated, and had nothing to say
+        watch.read(a_run(callbacks=[Judging()], evaluations=1), TRAINED)
     with pytest.raises(ConfigError, match="logs no metric"):
         watch.read(NONE, TRAINED)
 

@@ -57,7 +57,8 @@ def test_fault_x1_x15_a_callback_that_fails_on_one_process_ends_both(small):
     assert any(line.startswith("process 1: judge ended with RewardError 6") for line in said)
     for name, first, second in (
         ("log", "OSError", "PeerError"), ("full-log", "SaveError", "PeerError"),
-        ("prepare", "HeardError", "OSError"), ("measure", "OSError", "PeerError"),
+        ("prepare", "PeerError", "OSError"),
+        ("swallowed", "PeerError", "OSError"), ("measure", "OSError", "PeerError"),
     ):  # fmt: skip
         assert f"process 0: {name} ended with {first}" in said
         assert f"process 1: {name} ended with {second}" in said

@@ -179,6 +179,10 @@ class Watching:
         self.closed += 1
 
 
+class Other(Watching):
+    pass
+
+
 @pytest.fixture
 def held(monkeypatch):
     monkeypatch.setattr(Held, "built", [])
@@ -266,9 +270,11 @@ def test_a_run_that_cannot_go_on_closes_its_judge(small, held, monkeypatch):
 def test_callbacks_of_a_run_that_never_began_are_closed(small, held, monkeypatch):
     callback, mine = {"name": "win_rate", "rewards": ["held_rewards:Held"], "num_prompts": 2}, Watching()
     run = prepare(**small(callback=[callback, mine]))
+    later = run.add_callback(Other())
     run.step()
     run.close()
-    assert held() == [1] and mine.closed == 0  # an object is its owner's
+    run.close()
+    assert held() == [1] and mine.closed == later.closed == 0  # an object is its owner's
     run = prepare(**small(output_dir="again", callback=[callback], save_steps=1, max_steps=1))
     train(run)
     monkeypatch.setattr("rlx.core.snapshot.restore", lambda run, path: 1 / 0)

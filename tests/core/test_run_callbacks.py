@@ -140,7 +140,11 @@ def test_one_that_fails_at_its_start_is_not_there_and_one_that_fails_at_its_end_
 class Broken(Counting):
     """Fails, while it is broken, once a line of step 2 has been written."""
 
-    broken = True
+    broken, ends = True, []
+
+    @rlx.hookimpl
+    def on_step_end(self, run):
+        self.ends.append(run.global_step)
 
     @rlx.hookimpl
     def on_log(self, metrics):
@@ -149,9 +153,11 @@ class Broken(Counting):
 
 
 def test_a_line_that_was_written_is_not_written_again_after_a_callback_failed(small, monkeypatch):
+    monkeypatch.setattr(Broken, "ends", [])
     options = small(max_steps=3, logging_steps=2, callback=[f"{__name__}:Broken"])
     with pytest.raises(OSError, match="is full"):
         train(prepare(**options))
+    assert Broken.ends == [1]
     monkeypatch.setattr(Broken, "broken", False)
     run = reopen(options["output_dir"])
     train(run)
@@ -163,6 +169,23 @@ def test_a_line_that_was_written_is_not_written_again_after_a_callback_failed(sm
         return [{k: v for k, v in line.items() if "time/" not in k and "second" not in k} for line in lines]
 
     assert [line["step"] for line in steps(run)] == [0, 2, 3] and steps(run) == steps(whole)
+    assert Broken.ends == [1, 2, 3, 1, 2, 3]  # of the second step it was told, after the resume
+
+
+def test_a_run_that_was_stopped_before_its_first_step_can_go_on(small):
+    class Stopping:
+        @rlx.hookimpl
+        def on_log(self, run, metrics):
+            run.stop("enough") if metrics["step"] == 0 else None
+
+    options = small(max_steps=2, callback=[Stopping()])
+    run = prepare(**options)
+    train(run)
+    assert (run.global_step, run.saved) == (0, 0)
+    again = reopen(run.path, {"callback": []})
+    train(again)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 2] or [line["step"] for line in lines] == [0, 1, 2]
 
 
 def test_one_may_leave_in_the_middle_of_an_event(started):

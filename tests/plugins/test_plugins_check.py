@@ -57,6 +57,15 @@ def test_what_builds_on_a_failure_is_not_run(checked):
     assert out.splitlines()[-1].startswith("1 failed, 14 not run, in ")
 
 
+@pytest.mark.parametrize("kind", [(), ("--kind", "reward")])
+def test_the_url_of_a_reward_server_is_a_reference_here_too(checked, kind, capsys):
+    words = ("http://127.0.0.1:9/score", *kind, "--only", "builds", "--option", "retries=0")
+    code, out, err = checked(*words)
+    assert (code, err) == (0, "") and "builds  ok" in out
+    assert main(["plugins", "info", words[0], *kind]) == 0
+    assert "max_wait" in capsys.readouterr().out
+
+
 def test_one_case_alone_and_json(checked):
     code, out, _ = checked(f"{BAD}/bad_transforms.py:RowsNotMutated", "--only", "rows_not_mutated", "--json")
     (told,) = json.loads(out)

@@ -126,6 +126,22 @@ def preparing_fails(run):
 without_callbacks("prepare", preparing_fails, whiten_advantages=True)
 
 
+# It is heard of also where somebody catches everything.
+def one_swallows(run):
+    whiten = run.algorithm.prepare
+
+    def swallowing(batch, score):
+        try:
+            return whiten(batch, score)
+        except Exception:
+            return batch
+
+    run.algorithm.prepare = fails(OSError("broken")) if state.process_index == 1 else swallowing
+
+
+without_callbacks("swallowed", one_swallows, whiten_advantages=True)
+
+
 def measuring_fails(run):
     if state.process_index == 0:
         run.updater.measure = fails(OSError("broken"))
