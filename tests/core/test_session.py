@@ -111,6 +111,59 @@ def test_a_callback_without_room_for_its_file_is_not_a_checkpoint_without_room(t
     assert ended(tmp_path / "run") == ("failed", 9)
 
 
+def test_a_checkpoint_that_cannot_be_kept_for_an_early_stop_costs_no_policy(tmp_path, monkeypatch):
+    def full(*given: Any, **named: Any) -> None:
+        raise rlx.SaveError("no space left")
+
+    class Stopping:
+        @rlx.hookimpl
+        def on_step_end(self, run: Any) -> None:
+            run.stop("enough")
+            run.saving = True
+
+    monkeypatch.setattr("rlx.core.checkpoint.write", full)
+    monkeypatch.setattr("rlx.core.snapshot.FAILED_SAVES", 2)
+    with prepare(tmp_path / "run", Stopping()) as run:
+        for _ in run:
+            pass
+    assert run.failed_saves == 1 and ended(tmp_path / "run") == ("finished", 0)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_the_policy_that_a_run_ends_with_is_not_saved_as_that_of_its_last_step(tmp_path):
+    """Though something fails after it was put in place."""
+
+    class Best:
+        @rlx.hookimpl
+        def on_step_end(self, run: Any) -> None:
+            run.saving = run.global_step == 1
+
+        @rlx.hookimpl
+        def on_save(self, run: Any, path: Path) -> None:
+            if path == run.path:
+                raise KeyError("mine")
+            run.final_checkpoint = path
+
+    with pytest.raises(KeyError, match="mine"), prepare(tmp_path / "run", Best()) as run:
+        for _ in run:
+            pass
+    assert run.global_step == 2
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_callback_that_fails_at_the_checkpoint_of_a_failure_does_not_hide_it(tmp_path):
+    class Fragile:
+        @rlx.hookimpl
+        def on_save(self) -> None:
+            raise OSError("the callback's disk is full")
+
+    with pytest.raises(KeyError, match="the first") as caught, prepare(tmp_path / "run", Fragile()) as run:
+        run.step()
+        raise KeyError("the first")
+    assert any("OSError: the callback's disk is full" in note for note in caught.value.__notes__)
+    assert checkpoint.verify(tmp_path / "run" / "checkpoint-1") is None
+
+
 def test_a_run_that_is_only_closed_leaves_its_folder_to_others(tmp_path):
     run = prepare(tmp_path / "run", Listening())
     run.step()
