@@ -56,8 +56,8 @@ def agreed(run: Run, what: str) -> Iterator[None]:
     """Within it each process works alone; after it all of them know whether it worked on each.
 
     Nothing within may wait for another process, but in ``run.score.total``: who waits there hears of a
-    failure, too. A failure that all have heard of leaves them at the same
-    place, so that a checkpoint can still be taken: ``run.together`` says so.
+    failure, too. A failure that all have heard of leaves them at the same place, so that a checkpoint can
+    still be taken: ``run.together`` says so.
 
     Args:
         run: any.
@@ -76,10 +76,12 @@ def agreed(run: Run, what: str) -> Iterator[None]:
         yield
     except Exception as raised:  # raised again below, once the others know
         error = raised
-    # Where one heard of a failure by an addition, the process that failed tells it no second time.
-    if not run.score.heard and not some_failed(run.accelerator, error is not None):
+    # Where one heard of a failure by an addition, the process that failed tells it no second time; it does
+    # to what stands around this.
+    heard, run.score.heard = run.score.heard, False
+    if not heard and not some_failed(run.accelerator, error is not None):
         return
-    run.together, heard = True, run.score.heard
+    run.together = True
     raise error if error is not None and not heard else elsewhere(run.accelerator, what)
 
 
