@@ -28,6 +28,9 @@ KEEP_SHARE = 0.25
 """Share of the free memory that logits kept for the backward pass may take. Whether they are kept changes
 time and memory, not numbers."""
 
+LEAST_PROBABILITY = torch.finfo(torch.float32).tiny
+"""Below it p counts as it in log p, which is multiplied by p: float32 has no smaller normal number."""
+
 EXTRAS = ("correct", "square")
 """What else can be read off a row of logits, without gradient: whether the target is the most likely token
 (bool), and log Σ_v p(v)²."""
@@ -89,6 +92,7 @@ def head_logps(
     extras: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
     keep: bool | None = None,
+    in_place: bool = False,
 ) -> tuple[Any, ...]:
     """Log-prob of each target, and the entropy of its distribution, from a linear head.
 
@@ -106,14 +110,17 @@ def head_logps(
         entropy: also give the entropy.
         extras: also give these of ``EXTRAS``.
         chunk_bytes: bytes of float32 logits computed at a time; at least one row is.
-        keep: keep the logits for the backward pass (True), compute them again there (False: less memory, one
-            more matrix product), or keep them when they take at most ``KEEP_SHARE`` of free memory (None).
+        keep: keep the logits' exponentials for the backward pass (True), compute them anew there (False: less
+            memory, one more matrix product), or keep them when they take at most ``KEEP_SHARE`` of free
+            memory (None).
+        in_place: where ``weight.grad`` is a float32 tensor by then, the backward pass adds to it and hands
+            autograd nothing: ``backward()`` does the same as ever, ``torch.autograd.grad`` finds no gradient.
 
     Returns:
         logps (K,) float32; entropy (K,) float32 in nats, or None; then the extras (K,) in their order.
     """
     transform = Transform(temperature, scale, softcap)
-    kind = hidden.device.type
+    kind, leaf = hidden.device.type, weight if in_place and weight.is_leaf else None
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -124,7 +131,7 @@ def head_logps(
     rows = min(chunk_rows(len(weight), chunk_bytes), max(1, len(hidden)))
     with torch.autocast(kind, enabled=False):
         logps, entropies, *found = _HeadLogps.apply(  # type: ignore[no-untyped-call]  # torch leaves it so
-            hidden, weight, bias, targets, transform, entropy, tuple(extras), rows, keep and learns
+            hidden, weight, bias, targets, transform, entropy, tuple(extras), rows, keep and learns, leaf
         )
     return logps, entropies, *found
 
@@ -227,12 +234,13 @@ class _HeadLogps(torch.autograd.Function):
         extras: tuple[str, ...],
         rows: int,
         keep: bool,
+        leaf: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         """Reduce each chunk of logits to log-normalisers, log-probs, entropies and extras."""
         count, vocabulary = len(hidden), len(weight)
         like: dict[str, Any] = {"dtype": torch.float32, "device": hidden.device}
         kept = torch.empty(count if keep else rows, vocabulary, **like)
-        work = torch.empty(rows, vocabulary, **like) if keep or entropy else kept
+        work = torch.empty(rows, vocabulary, **like) if entropy else kept
         largest, log_sum, logps = (torch.empty(count, **like) for _ in range(3))
         entropies = torch.empty(count, **like) if entropy else None
         found = {
@@ -240,8 +248,8 @@ class _HeadLogps(torch.autograd.Function):
             for name in extras
         }
         for at in _chunks(count, rows):
-            size = at.stop - at.start
-            z = _logits(hidden[at], weight, bias, transform, kept[at] if keep else kept[:size])
+            p = kept[at] if keep else kept[: at.stop - at.start]
+            z = _logits(hidden[at], weight, bias, transform, work[: len(p)] if entropy else p)
             if "correct" in found:
                 largest[at], likeliest = z.max(-1)
                 found["correct"][at] = likeliest == targets[at]
@@ -249,7 +257,7 @@ class _HeadLogps(torch.autograd.Function):
                 largest[at] = z.amax(-1)
             z.sub_(largest[at, None])
             logps[at] = z.gather(1, targets[at, None]).squeeze(1)
-            p = torch.exp(z, out=work[:size])
+            torch.exp(z, out=p)  # over the logits themselves, unless the entropy needs both
             total = p.sum(-1)
             log_sum[at] = total.log()
             if (
@@ -259,12 +267,11 @@ class _HeadLogps(torch.autograd.Function):
             if (
                 entropies is not None
             ):  # log Σ + Σ p·(largest − z) / Σ: no term is negative, so nothing cancels
-                entropies[at] = log_sum[at] - p.mul_(z).sum(-1).div_(total)
+                entropies[at] = log_sum[at] - z.mul_(p).sum(-1).div_(total)
         logps -= log_sum
-        ctx.save_for_backward(
-            hidden, weight, bias, targets, largest, log_sum, entropies, kept if keep else None
-        )
-        ctx.transform, ctx.rows = transform, rows
+        ctx.save_for_backward(hidden, weight, bias, targets, largest, log_sum, logps, entropies)
+        ctx.kept = kept if keep else None
+        ctx.transform, ctx.rows, ctx.leaf = transform, rows, leaf
         ctx.mark_non_differentiable(*found.values())
         ctx.set_materialize_grads(
             False
@@ -276,31 +283,33 @@ class _HeadLogps(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None, *_: None
     ) -> tuple[Any, ...]:
-        """Chunk by chunk: ∂logp/∂z = onehot − p and ∂H/∂z = −p (log p + H), then on to the inputs."""
-        hidden, weight, bias, targets, largest, log_sum, entropies, kept = ctx.saved_tensors
+        """Chunk by chunk: ∂logp/∂z = onehot − p and ∂H/∂z = −p (log p + H), then on to the inputs.
+
+        What was kept is used up: a second pass over a retained graph computes it again.
+        """
+        hidden, weight, bias, targets, largest, log_sum, logps, entropies = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
         if grad_logps is None:
             grad_logps = torch.zeros_like(log_sum)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        there = _there(ctx.leaf) if want_weight else None
+        grad_weight = there
+        if want_weight and there is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias else None
-        work = weight.new_empty(ctx.rows, len(weight), dtype=torch.float32)
+        work = weight.new_empty(0 if kept is not None else ctx.rows, len(weight), dtype=torch.float32)
         for at in _chunks(len(hidden), ctx.rows):
-            out = work[: at.stop - at.start]
-            if kept is None:
-                z = _logits(hidden[at], weight, bias, ctx.transform, out).sub_(largest[at, None])
+            if kept is not None:
+                p = kept[at]
             else:
-                z = kept[at]
-            logp = torch.sub(z, log_sum[at, None], out=out)
-            capped = None if ctx.transform.softcap is None else logp + (largest + log_sum)[at, None]
-            if entropies is None or grad_entropy is None:
-                grad = logp.exp_().mul_(-grad_logps[at, None])
-            else:
-                p = logp.exp()
-                inner = logp.add_(entropies[at, None]).mul_(grad_entropy[at, None])
-                grad = inner.add_(grad_logps[at, None]).mul_(p).neg_()
-            grad[torch.arange(len(grad), device=grad.device), targets[at]] += grad_logps[at]
-            grad = ctx.transform.backward(grad, capped)
+                z = _logits(hidden[at], weight, bias, ctx.transform, work[: at.stop - at.start])
+                p = z.sub_(largest[at, None]).exp_()
+            rows = _Rows(targets[at], largest[at], log_sum[at], logps[at])
+            spread = None
+            if entropies is not None and grad_entropy is not None:
+                spread = entropies[at], grad_entropy[at]
+            grad = rows.gradient(p, grad_logps[at], spread, ctx.transform)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
             grad = grad.to(weight.dtype)
@@ -313,10 +322,54 @@ class _HeadLogps(torch.autograd.Function):
             ):  # summed over chunks in float32, as one product over all rows would be
                 grad_weight += grad.t() @ hidden[at]
         if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+            grad_weight = None if there is not None else grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, *[None] * 6
+        return grad_hidden, grad_weight, grad_bias, *[None] * 7
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the forward pass found out about a chunk of k rows; (k,) each."""
+
+    targets: Tensor
+    largest: Tensor
+    log_sum: Tensor
+    logps: Tensor
+
+    def gradient(
+        self, p: Tensor, grad_logps: Tensor, spread: tuple[Tensor, Tensor] | None, transform: Transform
+    ) -> Tensor:
+        """Gradient of the head's logits (k, V), over p.
+
+        Args:
+            p: (k, V) exponentials of the logits less their largest.
+            grad_logps: (k,).
+            spread: entropy and its gradient, (k,) each; None where nothing depends on it.
+            transform: between the head and the softmax.
+        """
+        z = capped = None
+        if spread is not None or transform.softcap is not None:
+            z = p.clamp_min(LEAST_PROBABILITY).log_()
+        if z is not None and transform.softcap is not None:
+            capped = z + self.largest[:, None]
+            # The target's has a gradient even where its p vanishes.
+            capped.scatter_(1, self.targets[:, None], (self.logps + self.log_sum + self.largest)[:, None])
+        share = torch.exp(-self.log_sum)[:, None]
+        if z is None or spread is None:
+            grad = p.mul_(-grad_logps[:, None] * share)
+        else:
+            entropy, grad_entropy = spread
+            inner = z.sub_(self.log_sum[:, None]).add_(entropy[:, None]).mul_(grad_entropy[:, None])
+            grad = p.mul_(share).mul_(inner.add_(grad_logps[:, None]).neg_())
+        grad[torch.arange(len(grad), device=grad.device), self.targets] += grad_logps
+        return transform.backward(grad, capped)
+
+
+def _there(leaf: Tensor | None) -> Tensor | None:
+    """The gradient that is there to be added to, if any."""
+    grad = None if leaf is None else leaf.grad
+    return grad if grad is not None and grad.dtype == torch.float32 else None
 
 
 def _chunks(count: int, rows: int) -> list[slice]:

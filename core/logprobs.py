@@ -48,6 +48,7 @@ def score(
     value_head: nn.Module | None = None,
     token_budget: int = 4096,
     accelerator: Accelerator | None = None,
+    in_place: bool = False,
 ) -> Scores:
     """Log-prob of every scored token under a model.
 
@@ -67,6 +68,7 @@ def score(
         value_head: hidden states (S, D) → values (S,), applied where each scored token is predicted.
         token_budget: tokens of a forward pass, when no gradient is wanted.
         accelerator: its autocast is entered; None for none.
+        in_place: the head's gradient may be added to the one that is there, past autograd: ``head_logps``.
 
     Returns:
         (S,) float32 each, in the order of the scored tokens, on the model's device.
@@ -76,7 +78,9 @@ def score(
     """
     bare: CausalLM = extract_model_from_parallel(model)
     sequences = sequences.to(bare.get_input_embeddings().weight.device)
-    wanted = _Wanted(temperature, logps, entropy, tuple(x for x in EXTRAS if x in extras), value_head)
+    wanted = _Wanted(
+        temperature, logps, entropy, tuple(x for x in EXTRAS if x in extras), value_head, in_place
+    )
     with accelerator.autocast() if accelerator is not None else nullcontext():
         if torch.is_grad_enabled() and len(sequences):
             return Scores(**wanted.of(bare, sequences))
@@ -172,6 +176,7 @@ class _Wanted:
     entropy: bool
     extras: tuple[str, ...]
     value_head: nn.Module | None
+    in_place: bool
 
     @property
     def names(self) -> list[str]:
@@ -184,7 +189,7 @@ class _Wanted:
         readout = _Readout(model, sequences, want_hidden=self.value_head is not None)
         found: dict[str, Tensor] = {}
         if self.logps:
-            logps, entropy, *more = readout.logps(self.temperature, self.entropy, self.extras)
+            logps, entropy, *more = readout.logps(self)
             found = {"logps": logps, **dict(zip(self.extras, more, strict=True))}
             if self.entropy:
                 found["entropy"] = entropy
@@ -220,15 +225,15 @@ class _Readout:
             if want_hidden:
                 self.hidden = out.hidden_states[-1][rows, columns]
 
-    def logps(self, temperature: float, entropy: bool, extras: tuple[str, ...]) -> tuple[Any, ...]:
+    def logps(self, wanted: _Wanted) -> tuple[Any, ...]:
         """Log-probs (S,) of the scored tokens, entropies (S,) or None, and extras (S,)."""
-        plan, targets = self.plan, self.targets
-        options: dict[str, Any] = {"entropy": entropy, "extras": extras}
+        plan, targets, temperature = self.plan, self.targets, wanted.temperature
+        options: dict[str, Any] = {"entropy": wanted.entropy, "extras": wanted.extras}
         if not plan.direct:
             return logits_logps(Transform(temperature)(self.logits), targets, **options)
         head = self.model.get_output_embeddings()
         if is_plain_linear(head):
-            run = partial(head_logps, self.hidden, head.weight, head.bias, targets)
+            run = partial(head_logps, self.hidden, head.weight, head.bias, targets, in_place=wanted.in_place)
         else:
             run = partial(module_logps, head, self.hidden, targets, self.vocabulary)
         return run(temperature=temperature, softcap=plan.softcap, scale=plan.scale, **options)

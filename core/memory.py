@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlx.core import adapters
 from rlx.core.adapter_files import check_adapter
+from rlx.core.gradients import GradientBuffers
 from rlx.core.lm_head import CHUNK_BYTES, KEEP_SHARE, free_bytes
 from rlx.core.packed_linear import LEAST_STEPS, copies_bytes
 from rlx.core.precision import DTYPES
@@ -126,15 +127,18 @@ def estimate(
     trained = [p for p in model.parameters() if p.requires_grad] if trained is None else list(trained)
     own = _size(model)
     value_trained = [p for p in value.parameters() if p.requires_grad] if value is not None else []
+    every = [*trained, *value_trained]
+    kept = GradientBuffers([model, value], every).size if device.type == "cpu" else 0
     shared = {
         "weights": own,
         "value": _size(value) if value is not None else 0,
-        "optimizer": optimizer_bytes([*trained, *value_trained], settings.optim),
+        "optimizer": optimizer_bytes(every, settings.optim),
+        "kept gradients": kept,
         "reference": _reference_bytes(model, own, reference, reference_model),
     }
     trunks = [model, value.backbone] if isinstance(value, ValueModel) else [model]
     training = {
-        "gradients": sum(_bytes(p) for p in [*trained, *value_trained]),
+        "gradients": sum(map(_bytes, every)) - kept,
         "activations": sum(
             activation_bytes(
                 one, token_budget, checkpointing=recomputes(one) if checkpointing is None else checkpointing
@@ -144,7 +148,7 @@ def estimate(
         "logits": logits_bytes(model, token_budget, free_bytes(device)),
     }
     sampling = _sampling(model, settings, generation_rows, device)
-    loaded = 0 if place.type == "meta" else sum(shared.values()) - shared["optimizer"]
+    loaded = 0 if place.type == "meta" else own + shared["value"] + shared["reference"]
     return MemoryReport(shared, training, sampling, free_bytes(device), loaded)
 
 

@@ -1,9 +1,10 @@
 """Letting a model compute what several sequences begin with once, where its numbers stay what they are.
 
 A model that shares carries the attention implementation of ``rlx.core.tree_attention``, which is ``sdpa`` for
-everybody else; there is no other state. It gets it here, after its states for a small tree were compared with
-those for the sequences alone, and after every layer was seen to ask for it: a layer that carries a state from
-token to token (convolution, recurrence) would mix the branches, by little before it is trained.
+everybody else, and a mark on its trunk (``rlx.core.last_layer``). It gets them here, after its states for a
+small tree were compared with those for the sequences alone, and after every layer was seen to ask for it: a
+layer that carries a state from token to token (convolution, recurrence) would mix the branches, by little
+before it is trained.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rlx.core.batch import Sequences
+from rlx.core.last_layer import MARK, read_at, token_wise
 from rlx.core.tree import plant
 from rlx.core.tree_attention import NAME, in_force
 
@@ -56,6 +58,8 @@ def share(trunk: nn.Module) -> str | None:
     reason: str | None = "the check did not end"
     try:
         reason = _why_not(trunk)
+        if reason is None:
+            _mark(trunk)
     finally:
         if reason is not None:
             trunk.set_attn_implementation(own)
@@ -86,6 +90,7 @@ def stop_sharing(trunk: nn.Module) -> None:
     """Take back what ``share`` did."""
     if isinstance(trunk, PreTrainedModel) and shares(trunk):
         trunk.set_attn_implementation("sdpa")
+        vars(trunk).pop(MARK, None)
 
 
 def row_states(
@@ -100,9 +105,10 @@ def row_states(
         merge: as in ``plant``; by default where calls cost little.
     """
     tree = plant(sequences, places, merge=places.device.type == "cpu" if merge is None else merge)
-    with in_force(tree):
+    rows = tree.states[places]
+    with in_force(tree), read_at(trunk, rows, len(tree)):
         hidden_1MD = trunk(**_inputs(sequences, tree))[0]
-    states: Tensor = hidden_1MD[0, tree.states[places]]
+    states: Tensor = hidden_1MD[0, rows]
     return states
 
 
@@ -138,9 +144,47 @@ def _why_not(trunk: PreTrainedModel) -> str | None:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
     if layers != config.num_hidden_layers:
         return f"only {layers} of its {config.num_hidden_layers} layers are attention alone"
-    worst = max(float((states.float() - want.float()).norm() / want.float().norm()) for states in found)
-    tolerance = TOLERANCE if want.dtype == torch.float32 else HALF_TOLERANCE
-    return None if worst <= tolerance else f"its states would differ by {worst:.2g} of their size"
+    worst = max(_apart(states, want) for states in found)
+    return None if worst <= _tolerance(want) else f"its states would differ by {worst:.2g} of their size"
+
+
+def _apart(states: Tensor, want: Tensor) -> float:
+    """Distance as a share of what is wanted."""
+    return float((states.float() - want.float()).norm() / want.float().norm())
+
+
+def _tolerance(want: Tensor) -> float:
+    return TOLERANCE if want.dtype == torch.float32 else HALF_TOLERANCE
+
+
+def _mark(trunk: PreTrainedModel) -> None:
+    """Note on a trunk that shares which modules of its last layer may be given no more rows than are read."""
+    config = trunk.config.get_text_config(decoder=True)
+    sequences = _trial(config.vocab_size).to(trunk.get_input_embeddings().weight.device)
+    some = sequences.scored.nonzero().squeeze(1)
+    names = token_wise(trunk)
+    vars(trunk).pop(MARK, None)
+    with torch.no_grad(), _evaluating(trunk):
+        want = row_states(trunk, sequences, some)
+        for marked in dict.fromkeys((names, names[-1:])):
+            vars(trunk)[MARK] = marked
+            if marked and _bears_it(trunk, sequences, some, want):
+                return
+    vars(trunk).pop(MARK)
+
+
+def _bears_it(trunk: nn.Module, sequences: Sequences, places: Tensor, want: Tensor) -> bool:
+    """Whether the states that are read stay what they are with the marked modules."""
+    tree = plant(sequences, places)
+    rows = tree.states[places]
+    try:
+        with in_force(tree), read_at(trunk, rows, len(tree)):
+            found = trunk(**_inputs(sequences, tree))[0][0, rows]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a module does with rows that it did not expect; then it gets all of them
+        return False
+    return _apart(found, want) <= _tolerance(want)
 
 
 def _alone(trunk: nn.Module, sequences: Sequences) -> Tensor:

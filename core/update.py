@@ -12,6 +12,7 @@ import torch
 from rlx.core.batch import Batch, Loss, Rollouts, Scores
 from rlx.core.classify import classify, parts_of
 from rlx.core.errors import DivergedError, MemoryExhausted
+from rlx.core.gradients import GradientBuffers
 from rlx.core.logprobs import score, trunk_for
 from rlx.core.memory import kept_budget
 from rlx.core.meter import Meter, largest, total
@@ -82,6 +83,7 @@ class Updater:
             accelerator,
         )
         self.parameters = policy.trainable()
+        self.buffers = GradientBuffers([policy.model, policy.value_model], self.parameters.values())
         self.optimizer = build_optimizer(self.parameters, settings)
         self.scheduler = build_scheduler(self.optimizer, settings, total_updates)
         self.budget = self.planned = budget  # the first halves when memory runs out
@@ -103,6 +105,7 @@ class Updater:
             extras=needs,
             value_head=self.policy.value_head if "values" in needs else None,
             accelerator=self.accelerator,
+            in_place=True,
         )
         if "values" in needs and self.policy.value_model is not None:
             with self.accelerator.autocast():
@@ -151,6 +154,7 @@ class Updater:
         with (
             rng_scope(self.settings.seed, "dropout", self.done, self.accelerator.process_index),
             self.policy.active(training=True),
+            self.buffers.attached(),
         ):
             try:
                 active, idle = self.parted(batch)
@@ -347,8 +351,9 @@ def sum_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator
         return
     for part in _messages(parameters):
         grads = [parameter.grad for parameter in part if parameter.grad is not None]
-        flat = total(accelerator, torch.nn.utils.parameters_to_vector(grads))
-        torch.nn.utils.vector_to_parameters(flat, grads)
+        flat = total(accelerator, torch.cat([grad.flatten() for grad in grads]))
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))  # not a view of the message, which would keep all of it
 
 
 def _messages(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:

@@ -230,7 +230,9 @@ def test_free_memory_decides_whether_logits_are_kept(monkeypatch: pytest.MonkeyP
     for free in (4 * K * V * 4, 4 * K * V * 4 - 4):  # a quarter of it holds the logits exactly, or not quite
         monkeypatch.setattr(lm_head, "free_bytes", lambda device, free=free: free)
         logps, _ = head_logps(*args)
-        saved.append(any(x is not None and x.shape == (K, V) for x in logps.grad_fn.saved_tensors))
+        saved.append(logps.grad_fn.kept is not None and logps.grad_fn.kept.shape == (K, V))
+        logps.sum().backward()
+        assert logps.grad_fn.kept is None  # used up
     assert saved == [True, False]
 
 
@@ -316,3 +318,30 @@ def test_an_entropy_that_only_a_metric_reads_does_not_change_the_gradient() -> N
     (only,) = torch.autograd.grad(head_logps(*args, entropy=True)[1].sum(), args[0])
     (want,) = torch.autograd.grad(naive(*args, 1.0, None, 1.0)[1].sum(), args[0])
     torch.testing.assert_close(only, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_targets_that_all_but_never_come(keep: bool, softcap: float | None, temperature: float) -> None:
+    """Logits from −100 to 100: most p are 0 in float32, the target's own too; no gradient is lost or NaN.
+
+    At temperature 0.1 the soft cap lets 600 between the largest logit and the target's.
+    """
+    hidden = torch.tensor([[1.0], [-1.0]], requires_grad=True)
+    weight = torch.linspace(-100, 100, 9)[:, None].requires_grad_()
+    targets = torch.tensor([0, 8])  # of 9 the least likely
+    options: dict[str, Any] = {"temperature": temperature, "softcap": softcap}
+    got = head_logps(hidden, weight, None, targets, **options, entropy=True, keep=keep)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logits = exact[0] @ exact[1].t()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logps = torch.log_softmax(logits / temperature, -1)
+    want = logps[[0, 1], targets], -(logps.exp() * logps).sum(-1)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-6)
+        found = torch.autograd.grad(mine.sum(), [hidden, weight], retain_graph=True)
+        wanted = torch.autograd.grad(theirs.sum(), exact, retain_graph=True)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
