@@ -6,9 +6,10 @@ Random Qwen2 models in bfloat16. Sampling: tokens a second of each generator, pr
 included, and the share of the bandwidth that reading the weights at each step, and each row's keys and
 values, would take by itself. ``graphs`` keeps what it captured in a round before, whose time is told apart
 (``first_seconds``). Training: forward and backward of a GRPO-shaped and a DPO-shaped batch; a pass is worth
-6·N FLOP for each token that the trunk is fed and 6·V·H for each scored one, attention apart. Before all that,
-torch's varlen_attn is compared with plain attention. Every cell is a process of its own with a time limit,
-and all of them together end within ``--seconds``; what was not reached is named.
+6·N FLOP for each token that the trunk is fed (of the last layer only keys and values where no state is read)
+and 6·V·H for each scored one, attention apart. Before all that, torch's varlen_attn is compared with plain
+attention. Every cell is a process of its own with a time limit, and all of them together end within
+``--seconds``; what was not reached is named.
 Writes gpu.json and gpu.md into benchmarks/results. A try without GPU: ``--device cpu --sizes tiny``.
 """
 
@@ -60,7 +61,13 @@ def counts(size):
     hidden, layers, heads, pairs, inner, vocabulary, _ = SIZES[size]
     width = hidden // heads
     layer = 2 * hidden * hidden + 2 * hidden * pairs * width + 3 * hidden * inner
-    return {"trunk": layers * layer, "head": vocabulary * hidden, "cache": 2 * layers * pairs * width}
+    return {
+        "trunk": layers * layer,
+        "head": vocabulary * hidden,
+        "cache": 2 * layers * pairs * width,
+        "spared": 2 * hidden * hidden
+        + 3 * hidden * inner,  # of the last layer, of tokens whose state is not read
+    }
 
 
 def bytes_read(size, rows, prompt, completion):
@@ -171,7 +178,8 @@ def train(size, options):
             if turn:  # the first one warms up
                 seconds.append(time.perf_counter() - start)
         middle, scored = statistics.median(seconds), groups * each * shape[3]
-        flop = 6 * (numbers["trunk"] * fed + numbers["head"] * scored)
+        unread = 0 if refused else fed - scored
+        flop = 6 * (numbers["trunk"] * fed - numbers["spared"] * unread + numbers["head"] * scored)
         yield {
             "shape": name,
             "layout": f"padded: {refused}" if refused else "shared",

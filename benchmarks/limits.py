@@ -4,8 +4,9 @@ A product of large matrices gives the machine's FLOP/s, one of a matrix and a ve
 numbers in the trunk, V·H in the head, P prompt tokens (one that several sequences share counted once) and C
 completion tokens of a step: training takes 6·N a token and 6·V·H a scored one, a model that only measures 2·N
 and 2·V·H; sampling takes 2·N a token of prompt or completion and 2·V·H a completion token, or the time to
-read all weights once for each token of the longest completion, whichever is more. Attention, softmax,
-optimizer and everything else count as nothing, so no step reaches it.
+read all weights once for each token of the longest completion, whichever is more. Of a token whose state
+nobody reads, as of a prompt's, only keys and values of the last layer are needed, and its N is so much less.
+Attention, softmax, optimizer and everything else count as nothing, so no step reaches it.
 """
 
 from __future__ import annotations
@@ -49,6 +50,12 @@ def numbers(size):
     return shape["num_hidden_layers"] * layer, workload.VOCABULARY[size] * hidden
 
 
+def spared(size):
+    """Numbers of the last layer that a token whose state is not read does without: not keys and values."""
+    shape = workload.SHAPES[size]
+    return 2 * shape["hidden_size"] ** 2 + 3 * shape["hidden_size"] * shape["intermediate_size"]
+
+
 def offline_tokens(algo, rows, steps):
     """Prompt and completion tokens of the median step but the first: a letter is a token, an end follows."""
     size = workload.batch_rows(algo)
@@ -72,14 +79,18 @@ def seconds(algo, size, prompts, completions, found, precision):
     trunk, head = numbers(size)
     through_trunk, through_head = PASSES[algo]
     scored = completions + (prompts if algo == "orpo" else 0)  # its likelihood is that of the prompt too
-    flop = through_trunk * trunk * (prompts + completions) + through_head * head * scored
+    read = 2 * workload.batch_rows(algo) if algo == "reward" else scored  # there the last one of each
+    unread = prompts + completions - read
+    flop = through_trunk * (trunk * (prompts + completions) - spared(size) * unread)
+    flop += through_head * head * scored
     if algo == "kto":  # each prompt with the completion of another row, measured by both models
         flop += 2 * MEASURED * (trunk + head) * completions
     time = flop / found["flop"]
     if algo in workload.GENERATIONS:
         computed = MEASURED * (trunk + head) * completions / found["flop"]
-        read = workload.LONGEST * (trunk + head) * BYTES[precision] / found["bytes"]
-        time += MEASURED * trunk * prompts / found["flop"] + max(computed, read)
+        reading = workload.LONGEST * (trunk + head) * BYTES[precision] / found["bytes"]
+        prefill = MEASURED * (trunk - spared(size)) * prompts
+        time += prefill / found["flop"] + max(computed, reading)
     return time
 
 

@@ -6,8 +6,8 @@ One size varies at a time: prompt length, completion length, completions a promp
 batch. Every point is a process of its own, the median of three passes. Dashed is what the formula says:
 
 * seconds of a training pass: a + b · FLOP, three times those of a forward pass, which has 2·N for each token
-  of the trunk (a prompt once for all its completions), 2·V·H for each scored one, and 4·H for each query and
-  key of a layer;
+  of the trunk (a prompt once for all its completions, of the last layer only its keys and values), 2·V·H for
+  each scored one, and 4·H for each query and key of a layer;
 * seconds of sampling: c · steps + d · FLOP, those of a forward pass;
 * bytes: what rlx/core/memory.py estimates before a run: gradients, activations and logits; weights laid out,
   cache and logits.
@@ -63,7 +63,8 @@ def flop(point):
     head = 2 * point["vocabulary"] * HIDDEN
     seen = n * p * (p + 1) / 2 + n * k * (c * p + c * (c + 1) / 2)  # pairs of query and key
     forward = trunk * (n * p + n * k * c) + head * n * k * c + 4 * HIDDEN * LAYERS * seen
-    return {"train": 3 * forward, "sample": forward}
+    unread = 2 * (2 * HIDDEN**2 + 3 * HIDDEN * INNER) * n * p  # of the last layer all but keys and values
+    return {"train": 3 * (forward - unread), "sample": forward}
 
 
 def expected_bytes(model, point):
