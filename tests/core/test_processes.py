@@ -65,6 +65,27 @@ def test_fault_x1_x15_a_callback_that_fails_on_one_process_ends_both(small):
 
 
 @pytest.mark.slow
+def test_one_agreement_inside_another():
+    """Whoever failed, and where: both end at the same place, and ask each other equally often."""
+    done = both("agreements.py", {})
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:6000]
+    own, inner = "ValueError: on purpose", "PeerError: [E-PEER] another process failed in the inner"
+    outer = inner.replace("inner", "outer")
+    ended = {
+        "well": ("nothing: ", "nothing: ", False),
+        "within": (inner, own, True),
+        "heard": (inner, own, True),
+        "added": ("nothing: ", "nothing: ", False),
+        "after": (own, outer, True),
+        "late": (own, outer, True),
+    }
+    for name, (first, second, together) in ended.items():
+        for process, said in enumerate((first, second)):
+            line = f"process {process}: {name}: {said} together {together} met 200"
+            assert line in done.stdout.splitlines(), done.stdout
+
+
+@pytest.mark.slow
 def test_fault_x5_x10_x13_two_processes_are_one(small, tmp_path):
     from rlx.core.run import prepare, train
 
