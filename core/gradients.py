@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from rlx.core.lm_head import is_plain_linear
+from rlx.core.sink import Sink
 
 LEAST_BYTES = 2**25  # from which on glibc never keeps what is freed
 
@@ -42,72 +43,82 @@ class GradientBuffers:
         weights = {id(m.weight): m.weight for m in layers if id(m.weight) in ours and _large(m.weight)}
         self.weights: list[nn.Parameter] = list(weights.values())
         self._kept: list[Tensor | None] = [None] * len(self.weights)
+        self._attached: dict[int, Tensor] = {}
 
     @property
     def size(self) -> int:
         """Bytes, once they have been used."""
         return sum(weight.nbytes for weight in self.weights)
 
+    def of(self, weight: Tensor) -> Tensor | None:
+        """The buffer that is a weight's gradient now, if there is one."""
+        return self._attached.get(id(weight))
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """Within it the weights' gradients are the buffers, zero at first, and embeddings add to them.
 
-        Afterwards a gradient that nothing was added to is None, as autograd leaves it.
+        Weights with hooks on their gradients are passed over. Afterwards a gradient that nothing was added to
+        is None, as autograd leaves it.
         """
         begun = []
         for place, weight in enumerate(self.weights):
+            if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+                continue  # somebody wants to see each gradient
             buffer = self._kept[place]
             if buffer is None or buffer.shape != weight.shape:
                 buffer = self._kept[place] = torch.zeros_like(weight, requires_grad=False)
             else:
                 buffer.zero_()
-            weight.grad = buffer
+            weight.grad = self._attached[id(weight)] = buffer
             begun.append((weight, buffer, buffer._version))
+        tables = [m for m in self.embeddings if id(m.weight) in self._attached and "forward" not in vars(m)]
         try:
-            for module in self.embeddings:
-                vars(module)["forward"] = _Lookup(module)
+            for module in tables:
+                vars(module)["forward"] = _Lookup(module, self._attached[id(module.weight)])
             yield
         finally:
-            for module in self.embeddings:
+            for module in tables:
                 vars(module).pop("forward", None)
+            self._attached.clear()
             for weight, buffer, version in begun:
                 if weight.grad is buffer and buffer._version == version:
                     weight.grad = None
 
 
 class _Lookup:
-    """The forward pass of an embedding whose backward pass adds to ``weight.grad``."""
+    """The forward pass of an embedding whose backward pass adds to its weight's gradient."""
 
-    def __init__(self, module: nn.Embedding) -> None:
-        self.module = module
+    def __init__(self, module: nn.Embedding, into: Tensor) -> None:
+        self.padding, self.sink = module.padding_idx, Sink(module.weight, into)
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        weight = self.module.weight
-        if not torch.is_grad_enabled() or weight.grad is None:
-            return functional.embedding(ids, weight, self.module.padding_idx)
-        found: Tensor = _Rows.apply(weight, ids, self.module.padding_idx)  # type: ignore[no-untyped-call]
+    def __call__(self, input: Tensor) -> Tensor:
+        """Ids (…) → rows (…, D)."""
+        found: Tensor = _Rows.apply(self.sink.leaf, input, self.padding, self.sink)  # type: ignore[no-untyped-call]
         return found
 
 
 class _Rows(torch.autograd.Function):
-    """Rows of a leaf that has a gradient."""
+    """Rows of a weight; their gradients are added to the weight's, or handed to autograd as a whole."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
-        ctx.weight, ctx.padding = weight, padding
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None, sink: Sink) -> Tensor:
+        ctx.sink, ctx.padding = sink, padding
         ctx.save_for_backward(ids)
         return functional.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
+        there = ctx.sink.open()
+        into = torch.zeros_like(ctx.sink.leaf) if there is None else there
         ids, rows = ids.flatten(), grad.flatten(0, -2)
         if ctx.padding is not None:
             learns = ids != ctx.padding
             ids, rows = ids[learns], rows[learns]
-        ctx.weight.grad.index_add_(0, ids, rows)
-        return None, None, None
+        into.index_add_(0, ids, rows)
+        return into if there is None else None, None, None, None
 
 
 def _is_lookup(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ CHECKPOINT = "_gradient_checkpointing_func"
 """Attribute of a layer: what transformers has it recomputed with."""
 
 Forward = Callable[..., Any]
+
+_reading: ContextVar[Tensor | None] = ContextVar("reading", default=None)
+"""The rows of this thread's pass: another thread may be in the same module."""
 
 
 def token_wise(trunk: nn.Module) -> tuple[str, ...]:
@@ -56,8 +60,8 @@ def read_at(trunk: nn.Module, rows: Tensor, tokens: int) -> Iterator[None]:
     if layer is None or not names or (recomputed and CHECKPOINT not in vars(layer)):
         yield
         return
-    if not 0 < len(read) < tokens:
-        yield
+    if not 0 < len(read) < tokens or any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules()):
+        yield  # who has put a hook there wants to see all tokens
         return
     modules = [layer.get_submodule(name) for name in names]
     forwards = {
@@ -66,14 +70,14 @@ def read_at(trunk: nn.Module, rows: Tensor, tokens: int) -> Iterator[None]:
         if "forward" not in vars(module)  # nobody else has put something around it
     }
     if not recomputed:
-        with _replaced(forwards):
+        with _replaced(forwards, read):
             yield
         return
     checkpoint = vars(layer)[CHECKPOINT]
 
     def again(function: Forward, *args: Any) -> Any:
         def inner(*args: Any) -> Any:
-            with _replaced(forwards):
+            with _replaced(forwards, read):
                 return function(*args)
 
         return checkpoint(inner, *args)
@@ -86,8 +90,9 @@ def read_at(trunk: nn.Module, rows: Tensor, tokens: int) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Other forward passes of modules for a while."""
+def _replaced(forwards: Mapping[nn.Module, Forward], read: Tensor) -> Iterator[None]:
+    """Other forward passes of modules for a while, which compute the rows that are read."""
+    token = _reading.set(read)
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
     try:
@@ -95,6 +100,7 @@ def _replaced(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     finally:
         for module in forwards:
             vars(module).pop("forward", None)
+        _reading.reset(token)
 
 
 def _last_layer(trunk: nn.Module) -> nn.Module | None:
@@ -110,7 +116,7 @@ def _of_some_rows(inner: Forward, read: Tensor, tokens: int) -> Forward:
     """A forward pass (1, M, D) → (1, M, E) by way of (1, R, D) → (1, R, E)."""
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or x.dim() != 3 or x.shape[:2] != (1, tokens):
+        if _reading.get() is not read or args or kwargs or x.shape[:-1] != (1, tokens):
             return inner(x, *args, **kwargs)
         out = inner(x.index_select(1, read))
         return out.new_zeros(1, tokens, out.shape[-1]).index_copy(1, read, out)

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from rlx.core.sink import Sink
+
 CHUNK_BYTES = 32 * 2**20
 """Float32 logits computed at a time. Fixed rather than taken from free memory: the chunks decide the order in
 which the weight's gradient is summed, and a resumed run must sum in the same order."""
@@ -92,7 +94,7 @@ def head_logps(
     extras: Sequence[str] = (),
     chunk_bytes: int = CHUNK_BYTES,
     keep: bool | None = None,
-    in_place: bool = False,
+    into: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Log-prob of each target, and the entropy of its distribution, from a linear head.
 
@@ -113,14 +115,16 @@ def head_logps(
         keep: keep the logits' exponentials for the backward pass (True), compute them anew there (False: less
             memory, one more matrix product), or keep them when they take at most ``KEEP_SHARE`` of free
             memory (None).
-        in_place: where ``weight.grad`` is a float32 tensor by then, the backward pass adds to it and hands
-            autograd nothing: ``backward()`` does the same as ever, ``torch.autograd.grad`` finds no gradient.
+        into: (V, D) float32, the tensor that is ``weight.grad``: ``backward()`` adds to it in place. Whatever
+            else asks for gradients (``torch.autograd.grad``) gets its own, and so does ``backward()`` where
+            ``weight.grad`` is another tensor by then.
 
     Returns:
         logps (K,) float32; entropy (K,) float32 in nats, or None; then the extras (K,) in their order.
     """
     transform = Transform(temperature, scale, softcap)
-    kind, leaf = hidden.device.type, weight if in_place and weight.is_leaf else None
+    kind = hidden.device.type
+    sink = None if into is None else Sink(weight, into)
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     hidden, weight = hidden.to(dtype), weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -131,7 +135,7 @@ def head_logps(
     rows = min(chunk_rows(len(weight), chunk_bytes), max(1, len(hidden)))
     with torch.autocast(kind, enabled=False):
         logps, entropies, *found = _HeadLogps.apply(  # type: ignore[no-untyped-call]  # torch leaves it so
-            hidden, weight, bias, targets, transform, entropy, tuple(extras), rows, keep and learns, leaf
+            hidden, weight, bias, targets, transform, entropy, tuple(extras), rows, keep and learns, sink
         )
     return logps, entropies, *found
 
@@ -234,7 +238,7 @@ class _HeadLogps(torch.autograd.Function):
         extras: tuple[str, ...],
         rows: int,
         keep: bool,
-        leaf: Tensor | None,
+        sink: Sink | None,
     ) -> tuple[Tensor | None, ...]:
         """Reduce each chunk of logits to log-normalisers, log-probs, entropies and extras."""
         count, vocabulary = len(hidden), len(weight)
@@ -268,10 +272,10 @@ class _HeadLogps(torch.autograd.Function):
                 entropies is not None
             ):  # log Σ + Σ p·(largest − z) / Σ: no term is negative, so nothing cancels
                 entropies[at] = log_sum[at] - z.mul_(p).sum(-1).div_(total)
-        logps -= log_sum
         ctx.save_for_backward(hidden, weight, bias, targets, largest, log_sum, logps, entropies)
+        logps = logps - log_sum  # not in place: what was saved are the targets' logits less the largest
         ctx.kept = kept if keep else None
-        ctx.transform, ctx.rows, ctx.leaf = transform, rows, leaf
+        ctx.transform, ctx.rows, ctx.sink = transform, rows, sink
         ctx.mark_non_differentiable(*found.values())
         ctx.set_materialize_grads(
             False
@@ -287,13 +291,13 @@ class _HeadLogps(torch.autograd.Function):
 
         What was kept is used up: a second pass over a retained graph computes it again.
         """
-        hidden, weight, bias, targets, largest, log_sum, logps, entropies = ctx.saved_tensors
+        hidden, weight, bias, targets, largest, log_sum, below, entropies = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
         if grad_logps is None:
             grad_logps = torch.zeros_like(log_sum)
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        there = _there(ctx.leaf) if want_weight else None
+        there = ctx.sink.open() if want_weight and ctx.sink is not None else None
         grad_weight = there
         if want_weight and there is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -305,7 +309,7 @@ class _HeadLogps(torch.autograd.Function):
             else:
                 z = _logits(hidden[at], weight, bias, ctx.transform, work[: at.stop - at.start])
                 p = z.sub_(largest[at, None]).exp_()
-            rows = _Rows(targets[at], largest[at], log_sum[at], logps[at])
+            rows = _Rows(targets[at], largest[at], log_sum[at], below[at])
             spread = None
             if entropies is not None and grad_entropy is not None:
                 spread = entropies[at], grad_entropy[at]
@@ -335,7 +339,7 @@ class _Rows:
     targets: Tensor
     largest: Tensor
     log_sum: Tensor
-    logps: Tensor
+    below: Tensor  # the target's logit less the largest
 
     def gradient(
         self, p: Tensor, grad_logps: Tensor, spread: tuple[Tensor, Tensor] | None, transform: Transform
@@ -354,7 +358,7 @@ class _Rows:
         if z is not None and transform.softcap is not None:
             capped = z + self.largest[:, None]
             # The target's has a gradient even where its p vanishes.
-            capped.scatter_(1, self.targets[:, None], (self.logps + self.log_sum + self.largest)[:, None])
+            capped.scatter_(1, self.targets[:, None], (self.below + self.largest)[:, None])
         share = torch.exp(-self.log_sum)[:, None]
         if z is None or spread is None:
             grad = p.mul_(-grad_logps[:, None] * share)
@@ -364,12 +368,6 @@ class _Rows:
             grad = p.mul_(share).mul_(inner.add_(grad_logps[:, None]).neg_())
         grad[torch.arange(len(grad), device=grad.device), self.targets] += grad_logps
         return transform.backward(grad, capped)
-
-
-def _there(leaf: Tensor | None) -> Tensor | None:
-    """The gradient that is there to be added to, if any."""
-    grad = None if leaf is None else leaf.grad
-    return grad if grad is not None and grad.dtype == torch.float32 else None
 
 
 def _chunks(count: int, rows: int) -> list[slice]:

@@ -36,6 +36,8 @@ from rlx.core.states import micro_batches, padded, states
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from rlx.core.gradients import GradientBuffers
+
 
 def score(
     model: nn.Module,
@@ -48,7 +50,7 @@ def score(
     value_head: nn.Module | None = None,
     token_budget: int = 4096,
     accelerator: Accelerator | None = None,
-    in_place: bool = False,
+    buffers: GradientBuffers | None = None,
 ) -> Scores:
     """Log-prob of every scored token under a model.
 
@@ -68,7 +70,7 @@ def score(
         value_head: hidden states (S, D) → values (S,), applied where each scored token is predicted.
         token_budget: tokens of a forward pass, when no gradient is wanted.
         accelerator: its autocast is entered; None for none.
-        in_place: the head's gradient may be added to the one that is there, past autograd: ``head_logps``.
+        buffers: may hold the head's gradient, to be added to in place.
 
     Returns:
         (S,) float32 each, in the order of the scored tokens, on the model's device.
@@ -78,9 +80,8 @@ def score(
     """
     bare: CausalLM = extract_model_from_parallel(model)
     sequences = sequences.to(bare.get_input_embeddings().weight.device)
-    wanted = _Wanted(
-        temperature, logps, entropy, tuple(x for x in EXTRAS if x in extras), value_head, in_place
-    )
+    chosen = tuple(x for x in EXTRAS if x in extras)
+    wanted = _Wanted(temperature, logps, entropy, chosen, value_head, buffers)
     with accelerator.autocast() if accelerator is not None else nullcontext():
         if torch.is_grad_enabled() and len(sequences):
             return Scores(**wanted.of(bare, sequences))
@@ -176,7 +177,7 @@ class _Wanted:
     entropy: bool
     extras: tuple[str, ...]
     value_head: nn.Module | None
-    in_place: bool
+    buffers: GradientBuffers | None
 
     @property
     def names(self) -> list[str]:
@@ -233,7 +234,8 @@ class _Readout:
             return logits_logps(Transform(temperature)(self.logits), targets, **options)
         head = self.model.get_output_embeddings()
         if is_plain_linear(head):
-            run = partial(head_logps, self.hidden, head.weight, head.bias, targets, in_place=wanted.in_place)
+            into = None if wanted.buffers is None else wanted.buffers.of(head.weight)
+            run = partial(head_logps, self.hidden, head.weight, head.bias, targets, into=into)
         else:
             run = partial(module_logps, head, self.hidden, targets, self.vocabulary)
         return run(temperature=temperature, softcap=plan.softcap, scale=plan.scale, **options)

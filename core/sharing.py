@@ -52,14 +52,16 @@ def share(trunk: nn.Module) -> str | None:
         return f"{type(trunk).__name__} is no transformers model"
     own = trunk.config._attn_implementation
     if own == NAME:
+        _mark(trunk)  # its last layer may be another one since
         return None
     if own != "sdpa":
         return f"its attention implementation is {own}"
     reason: str | None = "the check did not end"
     try:
-        reason = _why_not(trunk)
-        if reason is None:
+        found = _why_not(trunk)
+        if found is None:
             _mark(trunk)
+        reason = found
     finally:
         if reason is not None:
             trunk.set_attn_implementation(own)
@@ -166,24 +168,25 @@ def _mark(trunk: PreTrainedModel) -> None:
     vars(trunk).pop(MARK, None)
     with torch.no_grad(), _evaluating(trunk):
         want = row_states(trunk, sequences, some)
-        for marked in dict.fromkeys((names, names[-1:])):
-            vars(trunk)[MARK] = marked
-            if marked and _bears_it(trunk, sequences, some, want):
+        for marked in filter(None, (names, names[:-1])):  # without the MLP, where that is a mixture, say
+            if _bears_it(trunk, marked, sequences, some, want):
+                vars(trunk)[MARK] = marked
                 return
-    vars(trunk).pop(MARK)
 
 
-def _bears_it(trunk: nn.Module, sequences: Sequences, places: Tensor, want: Tensor) -> bool:
-    """Whether the states that are read stay what they are with the marked modules."""
-    tree = plant(sequences, places)
-    rows = tree.states[places]
+def _bears_it(
+    trunk: nn.Module, names: tuple[str, ...], sequences: Sequences, places: Tensor, want: Tensor
+) -> bool:
+    """Whether the states that are read stay what they are when some modules compute nothing else."""
+    vars(trunk)[MARK] = names
     try:
-        with in_force(tree), read_at(trunk, rows, len(tree)):
-            found = trunk(**_inputs(sequences, tree))[0][0, rows]
+        found = row_states(trunk, sequences, places)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a module does with rows that it did not expect; then it gets all of them
         return False
+    finally:
+        vars(trunk).pop(MARK)
     return _apart(found, want) <= _tolerance(want)
 
 

@@ -105,7 +105,7 @@ class Updater:
             extras=needs,
             value_head=self.policy.value_head if "values" in needs else None,
             accelerator=self.accelerator,
-            in_place=True,
+            buffers=self.buffers,
         )
         if "values" in needs and self.policy.value_model is not None:
             with self.accelerator.autocast():
@@ -154,13 +154,13 @@ class Updater:
         with (
             rng_scope(self.settings.seed, "dropout", self.done, self.accelerator.process_index),
             self.policy.active(training=True),
-            self.buffers.attached(),
         ):
             try:
                 active, idle = self.parted(batch)
-                for part in self.losses(active, sizes, meter):
-                    part.backward()
-                    value += part.detach()
+                with self.buffers.attached():
+                    for part in self.losses(active, sizes, meter):
+                        part.backward()
+                        value += part.detach()
                 if idle is not None:
                     value += self.as_sampled(idle, sizes, meter)
             except torch.OutOfMemoryError:

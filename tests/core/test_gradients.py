@@ -38,10 +38,10 @@ def batch(seed: int = 0, rows: int = 4) -> Sequences:
     return Sequences.from_lists([draw(5) for _ in range(rows)], [draw(4) for _ in range(rows)])
 
 
-def backward(model: Any, *parts: Sequences) -> dict[str, Tensor]:
+def backward(model: Any, *parts: Sequences, buffers: GradientBuffers | None = None) -> dict[str, Tensor]:
     """Gradients of a few micro-batches, copied."""
     for sequences in parts:
-        found = score(model, sequences, entropy=True, in_place=True)
+        found = score(model, sequences, entropy=True, buffers=buffers)
         assert found.entropy is not None
         (found.logps * torch.linspace(-1, 2, len(found.logps)) + found.entropy).sum().backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -64,7 +64,7 @@ def test_they_are_those_of_autograd(tiny_model: Callable[..., Any], tied: bool, 
     for _ in range(2):  # the second time the buffers have been used
         model.zero_grad(set_to_none=True)
         with buffers.attached():
-            got = backward(model, *batches)
+            got = backward(model, *batches, buffers=buffers)
         assert_same(got, want)
 
 
@@ -74,7 +74,7 @@ def test_the_memory_stays(tiny_model: Callable[..., Any]) -> None:
     for seed in range(3):
         model.zero_grad(set_to_none=True)
         with buffers.attached():
-            backward(model, batch(seed), batch(seed + 9))
+            backward(model, batch(seed), batch(seed + 9), buffers=buffers)
         seen.append([weight.grad.data_ptr() for weight in buffers.weights])
     assert len(seen[0]) == 2 and seen[0] == seen[1] == seen[2]
     assert buffers.size == 2 * 32 * 16 * 4
@@ -106,7 +106,7 @@ def test_autograd_makes_no_gradient_of_that_size(tiny_model: Callable[..., Any])
     with buffers.attached():
         known |= {weight.grad.data_ptr() for weight in buffers.weights}
         with Watch():
-            score(model, few[1], in_place=True).logps.sum().backward()
+            score(model, few[1], buffers=buffers).logps.sum().backward()
     assert made == []
 
 
@@ -174,7 +174,12 @@ def test_what_does_not_qualify(monkeypatch: pytest.MonkeyPatch, tiny_model: Call
     found = GradientBuffers([gemma], list(gemma.parameters()))
     assert not found.embeddings  # its embedding does more than look up; its head is like any other
     assert [id(w) for w in found.weights] == [id(gemma.get_output_embeddings().weight)]
-    assert not GradientBuffers([nn.Sequential(nn.Embedding(4, 4, max_norm=1.0))], trained).embeddings
+    for options in ({}, {"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}):
+        table = nn.Embedding(4, 4, **options)  # type: ignore[arg-type]
+        assert bool(GradientBuffers([nn.Sequential(table)], [table.weight]).embeddings) == (not options)
+    table = nn.Embedding(4, 4)
+    table.forward = lambda ids: ids  # type: ignore[method-assign]
+    assert not GradientBuffers([nn.Sequential(table)], [table.weight]).embeddings
 
 
 def test_adapters_have_no_use_for_them(tiny_model: Callable[..., Any]) -> None:
@@ -189,18 +194,126 @@ def test_the_head_adds_to_what_is_there(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(9, 5, generator=random), torch.randn(13, 5, generator=random)
     targets = torch.randint(13, (9,), generator=random)
     leaf = weight.clone().requires_grad_()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        want = torch.autograd.grad(head_logps(hidden, leaf, None, targets)[0].sum(), leaf)[0]
-        leaf.grad = torch.ones_like(leaf)
-        there = leaf.grad
-        head_logps(hidden, leaf, None, targets, in_place=True)[0].sum().backward()
+
+    def logps(into: Tensor | None) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found: Tensor = head_logps(hidden, leaf, None, targets, into=into)[0]
+        return found.sum()
+
+    want = torch.autograd.grad(logps(None), leaf)[0]
+    there = leaf.grad = torch.ones_like(leaf)
+    logps(there).backward()
     assert leaf.grad is there
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
     torch.testing.assert_close(leaf.grad - 1, want, **close)
-    leaf.grad = None
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        head_logps(hidden, leaf, None, targets, in_place=True)[0].sum().backward()
-    torch.testing.assert_close(leaf.grad, want, rtol=1e-6, atol=1e-6)  # none there: autograd's business
+    last = logps(there)
+    leaf.grad = None  # somebody has zeroed the gradients in between
+    last.backward()
+    torch.testing.assert_close(leaf.grad, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("cast", [False, True])
+def test_who_asks_autograd_for_a_gradient_gets_it(tiny_model: Callable[..., Any], cast: bool) -> None:
+    """As a loss that weighs its terms by their gradients does; what has been added up stays as it is."""
+    model = tiny_model()
+    buffers = GradientBuffers([model], list(model.parameters()))
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    middle = model.model.layers[0].mlp.down_proj.weight
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            return score(model, batch(), buffers=buffers).logps.sum()
+
+    three = [embedding, head, middle]
+    want = torch.autograd.grad(loss(), three)
+    with buffers.attached():
+        total = loss()
+        for asked in ([middle], [head], [embedding], three):
+            found = torch.autograd.grad(total, asked, retain_graph=True)
+            for mine, one in zip(found, asked, strict=True):
+                place = next(i for i, other in enumerate(three) if other is one)
+                torch.testing.assert_close(mine, want[place])
+            assert embedding.grad is not None and head.grad is not None
+            assert not embedding.grad.any() and not head.grad.any()
+        total.backward(inputs=[middle], retain_graph=True)
+        assert not embedding.grad.any() and not head.grad.any()
+        total.backward()
+        torch.testing.assert_close(embedding.grad, want[0])
+        torch.testing.assert_close(head.grad, want[1], rtol=1e-5, atol=0.02 if cast else 1e-6)
+
+
+def _first_rows_to_zero(weight: Tensor) -> None:
+    assert weight.grad is not None
+    weight.grad[:30] = 0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("when", ["first", "after"])
+def test_hooks_on_a_gradient_see_all_of_it(tiny_model: Callable[..., Any], tied: bool, when: str) -> None:
+    """The usual way to train some rows of the vocabulary alone."""
+    model = tiny_model(tie_word_embeddings=tied)
+    buffers = GradientBuffers([model], list(model.parameters()))
+    weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+    for weight in dict.fromkeys(weights):
+        if when == "first":
+            weight.register_hook(lambda grad: grad * (torch.arange(32) >= 30)[:, None])
+        else:
+            weight.register_post_accumulate_grad_hook(_first_rows_to_zero)
+    with buffers.attached():
+        backward(model, batch(0), batch(1), buffers=buffers)
+        assert all(buffers.of(weight) is None for weight in weights)
+    for weight in weights:
+        assert weight.grad is not None
+        assert not weight.grad[:30].any() and weight.grad[30:].any()
+
+
+def test_what_has_been_put_around_an_embedding_since_stays(tiny_model: Callable[..., Any]) -> None:
+    model = tiny_model()
+    buffers, table = GradientBuffers([model], list(model.parameters())), model.get_input_embeddings()
+    inner = table.forward
+
+    def theirs(input: Tensor) -> Tensor:
+        return inner(input) + 1
+
+    table.forward = theirs
+    with buffers.attached():
+        assert vars(table)["forward"] is theirs
+        want = table(torch.tensor([3]))
+    assert vars(table)["forward"] is theirs and torch.equal(table(torch.tensor([3])), want)
+
+
+class TestOfARun:
+    """Through the updater: the buffers are what a run's optimizer sees."""
+
+    @pytest.fixture
+    def run(self, started: Callable[..., Any]) -> Any:
+        """One that samples and updates with PPO, a policy and a value head."""
+        return started(optim="sgd", max_tokens_per_micro_batch=40, lora_r=0)
+
+    def gradients(self, run: Any, batch: Any) -> dict[str, Tensor]:
+        run.updater.accumulate(batch, run.updater.sizes(batch))
+        found = {name: p.grad.clone() for name, p in run.updater.parameters.items() if p.grad is not None}
+        return found
+
+    def test_gradients_are_autograds_and_the_memory_stays(self, run: Any) -> None:
+        batch, updater = run.prepare(run.roll_out()), run.updater
+        buffers = updater.buffers
+        assert len(buffers.weights) >= 1 and len(updater.micro_batches(batch)) > 1
+        got, places = self.gradients(run, batch), []
+        for _ in range(2):
+            places.append([weight.grad.data_ptr() for weight in buffers.weights])
+            updater.optimizer.zero_grad(set_to_none=True)
+            again = self.gradients(run, batch)
+        assert places[0] == places[1] and all(torch.equal(again[name], got[name]) for name in got)
+        updater.buffers = GradientBuffers([], [])
+        updater.optimizer.zero_grad(set_to_none=True)
+        assert_same(got, self.gradients(run, batch))
+
+    def test_nothing_stays_attached_after_a_step(self, run: Any) -> None:
+        batch = run.prepare(run.roll_out())
+        run.update(batch)
+        assert all(p.grad is None for p in run.updater.parameters.values())
+        assert not any("forward" in vars(module) for module in run.policy.model.modules())
 
 
 def test_the_estimate_counts_them_as_staying(tiny_model: Callable[..., Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,8 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-ALL = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
+PROJECTED = ("self_attn.q_proj", "self_attn.o_proj")
+ALL = (*PROJECTED, "mlp")
 MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "llama": (lambda: tf.LlamaConfig(**SIZES), ALL),
     "qwen3": (lambda: tf.Qwen3Config(**SIZES), ALL),
@@ -47,6 +49,16 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("mlp",),
     ),
     "neox": (lambda: tf.GPTNeoXConfig(**{**SIZES, "num_key_value_heads": None}), ("mlp",)),
+    "llama4": (
+        lambda: tf.Llama4TextConfig(
+            **SIZES,
+            intermediate_size_mlp=32,
+            num_local_experts=2,
+            attention_chunk_size=8,
+            no_rope_layers=[1] * 3,
+        ),
+        PROJECTED,
+    ),
     "experts": (lambda: tf.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2), ALL),
 }
 
@@ -80,14 +92,19 @@ FED, READ = 9 + 5 + 16 + 12, 3 + 12
 
 @contextmanager
 def rows_of(module: nn.Module) -> Iterator[list[int]]:
-    """Tokens that reach the inside of a module, call after call."""
+    """Tokens that reach the inside of a module, call after call; not by a hook, which would change them."""
     inside = next(child for child in module.modules() if hasattr(child, "weight"))
-    seen: list[int] = []
-    hook = inside.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel() // args[0].shape[-1]))
+    seen, inner = list[int](), inside.forward
+
+    def counting(x: Tensor) -> Tensor:
+        seen.append(x.numel() // x.shape[-1])
+        return inner(x)
+
+    inside.forward = counting
     try:
         yield seen
     finally:
-        hook.remove()
+        del inside.forward
 
 
 def gradients(model: Any, sequences: Sequences) -> dict[str, Tensor]:
@@ -162,22 +179,70 @@ def test_no_row_is_read(name: str) -> None:
     assert seen == [1] and found.shape == (0,)
 
 
-def test_nothing_is_left_behind_even_by_an_error() -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+# Not ours: transformers has renamed what switches it on.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_nothing_is_left_behind_even_by_an_error(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, sequences = build("llama"), batch()
     layer = trunk_of(model).layers[-1]
-    score(model, sequences)
+    if checkpointing:
+        switch([model], on=True)
+        model.train()
+    before = {module: dict(vars(module)) for module in model.modules()}
+    score(model, sequences).logps.sum().backward()
 
-    def fail(*_: Any) -> None:
+    def fail(self: nn.Module, x: Tensor) -> Tensor:
         raise RuntimeError("on purpose")
 
-    hook = layer.mlp.down_proj.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="on purpose"):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="on purpose"):
+        patch.setattr(type(layer.mlp), "forward", fail)
         score(model, sequences)
-    hook.remove()
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert {module: dict(vars(module)) for module in model.modules()} == before
     with rows_of(layer.mlp) as seen:
         model(input_ids=sequences.ids[None])
     assert seen == [len(sequences.ids)]
+
+
+def test_who_has_put_a_hook_into_the_layer_sees_all_tokens() -> None:
+    model, sequences = build("llama"), batch()
+    want, shapes = score(model, sequences).logps, []
+    mlp = trunk_of(model).layers[-1].mlp
+    for put in (
+        lambda: mlp.register_forward_hook(lambda module, args, out: shapes.append(out.shape[1])),
+        lambda: mlp.down_proj.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[1])),
+    ):
+        hook = put()
+        got = score(model, sequences).logps
+        hook.remove()
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+    assert shapes == [FED, FED]
+
+
+def test_two_threads_in_one_trunk() -> None:
+    """Rows that one thread reads are not those of the other, whose row is as long."""
+    model = build("llama")
+    ones = Sequences.from_lists([[3] * 8], [[4] * 8])
+    others = Sequences.from_lists([[5] * 12], [[6] * 4])
+    assert len(ones.ids) == len(others.ids)
+    want = {id(one): score(model, one).logps.detach() for one in (ones, others)}
+    wrong = []
+
+    def work(one: Sequences) -> None:
+        with torch.no_grad():
+            for _ in range(60):
+                got = score(model, one).logps
+                if not torch.allclose(got, want[id(one)], rtol=1e-5, atol=2e-5):
+                    wrong.append(got)
+
+    threads = [threading.Thread(target=work, args=(one,)) for one in (ones, others)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_a_copy_computes_with_its_own_weights() -> None:
@@ -243,14 +308,14 @@ class Strict(Counting):
 
 
 @pytest.mark.parametrize("kind", [Counting, Strict])
-def test_a_layer_that_does_not_bear_it_gets_all_rows(kind: type[nn.Module]) -> None:
+def test_an_mlp_that_does_not_bear_it_gets_all_rows(kind: type[nn.Module]) -> None:
     """Found out on the trial."""
     model, sequences = build("llama"), batch()
     trunk = trunk_of(model)
     layer = trunk.layers[-1]
     layer.mlp = kind(layer.mlp)
     sharing._mark(trunk)
-    assert MARK not in vars(trunk)
+    assert vars(trunk)[MARK] == PROJECTED
     assert not any("forward" in vars(module) for module in model.modules())
     with rows_of(layer.mlp.inner) as seen:
         score(model, sequences)
@@ -285,6 +350,31 @@ def test_the_mark_goes_with_sharing() -> None:
     trunk = trunk_of(build("llama"))
     sharing.stop_sharing(trunk)
     assert MARK not in vars(trunk)
+
+
+def test_a_model_that_is_used_again_is_tried_again() -> None:
+    trunk = trunk_of(build("llama"))
+    trunk.layers[-1].mlp = Counting(trunk.layers[-1].mlp)
+    assert sharing.share(trunk) is None
+    assert vars(trunk)[MARK] == PROJECTED
+
+
+def test_memory_that_runs_out_meanwhile_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = trunk_of(build("llama"))
+    sharing.stop_sharing(trunk)
+    inner, calls = sharing.read_at, []
+
+    def full(*args: Any) -> Any:
+        calls.append(vars(args[0]).get(MARK))
+        if calls[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+        return inner(*args)
+
+    monkeypatch.setattr(sharing, "read_at", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        sharing.share(trunk)
+    assert calls[-1] == ALL
+    assert MARK not in vars(trunk) and trunk.config._attn_implementation == "sdpa"
 
 
 def test_a_trunk_of_another_build_has_no_names() -> None:
