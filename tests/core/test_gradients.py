@@ -297,9 +297,13 @@ class TestOfARun:
 
     def test_gradients_are_autograds_and_the_memory_stays(self, run: Any) -> None:
         batch, updater = run.prepare(run.roll_out()), run.updater
-        buffers = updater.buffers
+        buffers, asked = updater.buffers, []
         assert len(buffers.weights) >= 1 and len(updater.micro_batches(batch)) > 1
+        inner = buffers.of
+        buffers.of = lambda weight: asked.append(inner(weight)) or asked[-1]
         got, places = self.gradients(run, batch), []
+        assert len(asked) == len(updater.micro_batches(batch))
+        assert all(one is run.policy.model.get_output_embeddings().weight.grad for one in asked)
         for _ in range(2):
             places.append([weight.grad.data_ptr() for weight in buffers.weights])
             updater.optimizer.zero_grad(set_to_none=True)

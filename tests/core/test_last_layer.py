@@ -346,6 +346,18 @@ def test_a_module_that_somebody_has_wrapped_is_left_alone() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(7, 24), (1, 6, 24), (2, 7, 24), (1, 1, 7, 24)])
+def test_other_shapes_than_the_row_go_through_whole(shape: tuple[int, ...]) -> None:
+    """Of a module that is given more than the row, or something else, each number counts."""
+    trunk = trunk_of(build("llama"))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    mlp, row = trunk.layers[-1].mlp, torch.randn(1, 7, 24)
+    want = mlp(x)
+    with read_at(trunk, torch.tensor([1, 4]), 7):
+        assert torch.equal(mlp(x), want)
+        assert mlp(row).any(-1).tolist() == [[False, True, False, False, True, False, False]]
+
+
 def test_the_mark_goes_with_sharing() -> None:
     trunk = trunk_of(build("llama"))
     sharing.stop_sharing(trunk)
