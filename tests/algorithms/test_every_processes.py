@@ -6,6 +6,9 @@ import pytest
 
 from rlx.testing.runs import PLAIN, Left, train_in_two_processes
 
+# At the rate of the others its gradient grows from 41 to 3554 in three steps, and with it rounding.
+SLOWER = {"online_dpo ipo": 1e-4}
+
 
 @pytest.mark.slow
 def test_two_processes_are_one(cases, of, files, tmp_path):
@@ -18,6 +21,7 @@ def test_two_processes_are_one(cases, of, files, tmp_path):
         evaluation = given["dataset"].replace("train", "eval")
         return {
             **given,
+            "learning_rate": SLOWER.get(case, PLAIN["learning_rate"]),
             "eval_dataset": evaluation,
             "output_dir": str(tmp_path / folder / case.replace(" ", "-")),
         }
