@@ -65,8 +65,8 @@ def counts(size):
         "trunk": layers * layer,
         "head": vocabulary * hidden,
         "cache": 2 * layers * pairs * width,
-        "spared": 2 * hidden * hidden
-        + 3 * hidden * inner,  # of the last layer, of tokens whose state is not read
+        # Of the last layer, what a token does without whose state is not read.
+        "spared": 2 * hidden * hidden + 3 * hidden * inner,
     }
 
 

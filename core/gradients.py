@@ -94,11 +94,11 @@ class _Lookup:
 
     def __call__(self, input: Tensor) -> Tensor:
         """Ids (…) → rows (…, D)."""
-        found: Tensor = _Rows.apply(self.sink.leaf, input, self.padding, self.sink)  # type: ignore[no-untyped-call]
+        found: Tensor = _RowsInPlace.apply(self.sink.leaf, input, self.padding, self.sink)  # type: ignore[no-untyped-call]
         return found
 
 
-class _Rows(torch.autograd.Function):
+class _RowsInPlace(torch.autograd.Function):
     """Rows of a weight; their gradients are added to the weight's, or handed to autograd as a whole."""
 
     @staticmethod

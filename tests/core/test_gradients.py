@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlx.core import gradients
+from rlx.core import gradients, update
 from rlx.core.batch import Sequences
 from rlx.core.gradients import GradientBuffers
 from rlx.core.lm_head import head_logps
@@ -280,6 +281,28 @@ def test_what_has_been_put_around_an_embedding_since_stays(tiny_model: Callable[
         assert vars(table)["forward"] is theirs
         want = table(torch.tensor([3]))
     assert vars(table)["forward"] is theirs and torch.equal(table(torch.tensor([3])), want)
+
+
+def test_sums_over_processes_stay_where_the_gradients_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as views of the message, which would keep all of it; messages of at most 24 bytes here."""
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (3,), (1, 5))]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, number + 1.0)
+    places = [parameter.grad.data_ptr() for parameter in parameters if parameter.grad is not None]
+    sizes: list[int] = []
+
+    def twice(_: Any, flat: Tensor) -> Tensor:
+        """As if another process had the same gradients."""
+        sizes.append(flat.nbytes)
+        return flat * 2
+
+    monkeypatch.setattr(update, "MESSAGE", 24)
+    monkeypatch.setattr(update, "total", twice)
+    update.sum_gradients(parameters, SimpleNamespace(num_processes=2))  # type: ignore[arg-type]
+    assert sizes == [16, 12, 20]
+    for number, (parameter, place) in enumerate(zip(parameters, places, strict=True)):
+        assert parameter.grad is not None and parameter.grad.data_ptr() == place
+        assert parameter.grad.flatten().tolist() == [2.0 * (number + 1)] * parameter.numel()
 
 
 class TestOfARun:
